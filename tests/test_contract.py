@@ -1,0 +1,158 @@
+"""The one contract that every chapter signs.
+
+It builds from its configuration, its gradients are finite, the same seed gives the same numbers, its state saves and
+loads, undoing it leaves the model bit for bit as it was, wrong input raises an error that names it, and the examples
+in its docstrings run. A chapter that has notebooks and is not in `CHAPTERS` fails.
+"""
+
+import copy
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+from paperbook.core.book import load_book
+
+
+class MagicPIG:
+    """Decoding a small random Llama from an LSH sample of its keys."""
+
+    def config(self, **changes):
+        from paperbook.magicpig import LSHConfig
+
+        small = dict(num_bits=4, num_tables=12, sink_tokens=2, local_tokens=8, dense_layers=(0,), min_length=32)
+        return LSHConfig(**small | changes)
+
+    def model_config(self):
+        from transformers import LlamaConfig
+
+        return LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+
+    def build(self, attn_implementation="magicpig"):
+        from transformers import AutoModelForCausalLM
+
+        from paperbook.magicpig import register
+
+        register()
+        torch.manual_seed(0)
+        config = self.model_config()
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+
+    def tokens(self):
+        return torch.randint(128, (1, 160), generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def run(self, model, seed=0):
+        """Logits of eight decoded positions."""
+        from paperbook.magicpig import MagicPIGCache
+
+        cache, tokens = MagicPIGCache(model.config, self.config(seed=seed)), self.tokens()
+        model(tokens[:, :-8], past_key_values=cache)
+        steps = [model(token[:, None], past_key_values=cache).logits for token in tokens[:, -8:].T]
+        assert 0 < cache.stats().share < 1, "nothing was sampled, so nothing was tested"
+        return torch.cat(steps, 1)
+
+    def gradients(self, model):
+        tokens = self.tokens()
+        model(tokens, labels=tokens).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    def save_and_load(self, model, folder):
+        from transformers import AutoModelForCausalLM
+
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="magicpig").eval()
+
+    def apply_and_undo(self, model):
+        """Run the method on a model that came without it, and take it away again."""
+        model.set_attn_implementation("magicpig")
+        self.run(model)
+        model.set_attn_implementation("sdpa")
+
+    def wrong_input(self):
+        """(what to call, error, words its message must hold)"""
+        from transformers import T5Config
+
+        from paperbook.magicpig import MagicPIGCache
+
+        plain = self.build(attn_implementation="sdpa")
+        return [
+            (lambda: self.config(num_bits=17), ValueError, ["num_bits", "17", "1..16"]),
+            (lambda: self.config(num_tables=1), ValueError, ["num_tables", "1"]),
+            (lambda: self.config(backend="cuda"), ValueError, ["backend", "'cuda'"]),
+            (lambda: MagicPIGCache(T5Config(), self.config()), ValueError, ["t5"]),
+            (lambda: MagicPIGCache(self.model_config(), "fast"), TypeError, ["config", "'fast'"]),
+            (lambda: MagicPIGCache(self.model_config(), self.config(dense_layers=(9,))), ValueError, ["dense_layers", "9"]),
+            (lambda: self.run(plain), RuntimeError, ["sdpa", "magicpig"]),
+        ]
+
+
+CHAPTERS = {"magicpig": MagicPIG()}
+OWN = {"core", "reference"}  # the house itself makes no such promise
+
+chapters = pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=CHAPTERS)
+
+
+def test_every_written_chapter_has_signed():
+    written = {chapter.name for chapter in load_book() if chapter.notebooks} - OWN
+    assert written == set(CHAPTERS), "add the chapter to CHAPTERS in this file"
+
+
+@chapters
+def test_same_seed_same_numbers(chapter):
+    model = chapter.build()
+    first, again, other = chapter.run(model, seed=0), chapter.run(model, seed=0), chapter.run(model, seed=1)
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other), "the seed changes nothing"
+
+
+@chapters
+def test_gradients_are_finite(chapter):
+    gradients = chapter.gradients(chapter.build())
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+    assert any(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@chapters
+def test_state_saves_and_loads(chapter, tmp_path):
+    model = chapter.build()
+    loaded = chapter.save_and_load(model, tmp_path)
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    # Not bit for bit: where a loaded tensor lies in memory decides the order in which a product is summed.
+    torch.testing.assert_close(chapter.run(loaded), chapter.run(model), rtol=1e-5, atol=1e-6)
+
+
+@chapters
+def test_undone_leaves_the_model_as_it_was(chapter):
+    """Held against a copy that never saw the method: a patched model equals itself even when it was not undone."""
+    model = chapter.build(attn_implementation="sdpa")
+    untouched, tokens = copy.deepcopy(model), chapter.tokens()
+    chapter.apply_and_undo(model)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, untouched(tokens).logits)
+    before = untouched.state_dict()
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict() == untouched.config.to_dict()
+
+
+@chapters
+def test_wrong_input_is_named(chapter):
+    for call, error, words in chapter.wrong_input():
+        with pytest.raises(error) as raised:
+            call()
+        assert all(word in str(raised.value) for word in words), f"{raised.value} lacks one of {words}"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_docstring_examples_run(name):
+    package = importlib.import_module(f"paperbook.{name}")
+    modules = [importlib.import_module(f"paperbook.{name}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    results = [doctest.testmod(module, optionflags=doctest.ELLIPSIS) for module in modules]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) > 0, f"no docstring of paperbook.{name} shows an example (>>>)"

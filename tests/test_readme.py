@@ -1,0 +1,56 @@
+"""The README's Python runs as a plain script, exactly as printed."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+def run(script, folder, environment):
+    (folder / "script.py").write_text(script, encoding="utf-8")
+    done = subprocess.run([sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def script(root):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 1, "the README shows one way to import the package"
+    return blocks[0]
+
+
+def check(printed):
+    """It wrote something, and it really read a sample: stats name the share of keys drawn."""
+    drawn = re.search(r"([\d.]+)% of the indexed keys drawn", printed)
+    assert drawn and 0 < float(drawn[1]) < 50, printed
+    assert len(printed.split()) > 30, printed
+
+
+def test_on_a_real_model(script, smollm2, tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    check(run(script, tmp_path, dict(os.environ)))
+
+
+def test_on_a_random_qwen3(script, smollm2, tmp_path, monkeypatch):
+    """The same file, with another architecture where it looks for its model."""
+    import os
+
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    from paperbook.core.assets import find
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192)
+    folder = tmp_path / "SmolLM2-135M-Instruct"
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setenv("PAPERBOOK_ASSETS", str(tmp_path))
+    assert find("SmolLM2-135M-Instruct") == folder
+    check(run(script, tmp_path, dict(os.environ)))
