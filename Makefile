@@ -33,7 +33,7 @@ run: $(READY) ## run the MagicPIG chapter on SmolLM2 and print its results
 	@$(BIN)/paperbook run magicpig --scale ci
 
 test: $(READY) browser ## run every test
-	@$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk=1 tests
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
 
 # The site test opens a page in a real browser. Without one it skips and says why, so nothing here may fail.
 browser:

@@ -19,6 +19,13 @@ PARTS = ["The house", "Attention", "Low rank", "Reasoning", "Alignment", "Agents
 LONGEST = ["test_notebooks.py", "test_readme.py", "test_site.py", "test_wheel.py", "test_book.py", "test_cli.py"]
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`-m gpu` opens only files that have such tests: the others import what a GPU machine lacks."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        return "mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))

@@ -139,6 +139,7 @@ def test_undone_leaves_the_model_as_it_was(chapter):
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.to_dict() == untouched.config.to_dict()
+    assert model.config._attn_implementation == untouched.config._attn_implementation
 
 
 @chapters

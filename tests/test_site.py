@@ -15,6 +15,7 @@ import threading
 import pytest
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+pytestmark = pytest.mark.xdist_group("site")  # one build for all
 WITH_FIGURE = "nbs/02_magicpig/01_derive"
 
 # Opens a page in a frame and writes into its own body what a reader would see there.

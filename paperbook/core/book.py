@@ -172,7 +172,7 @@ _HINTS = {
     "MemoryError": "Memory ran out. Try fewer at once (--workers 1) or smaller sizes (-p name value).",
 }
 
-# %% ../../nbs/00_core/05_book.ipynb #f04a90bc
+# %% ../../nbs/00_core/05_book.ipynb #93a9fb41
 _EVENT = "@paperbook "
 
 
@@ -209,7 +209,7 @@ def _execute_in_child() -> None:
     except Exception as error:  # whatever else: the parent must hear of it
         _say(status="failed", error=f"{type(error).__name__}: {error}", **last)
 
-
+# %% ../../nbs/00_core/05_book.ipynb #53eadb66
 def _end_family(pid: int) -> None:
     """Kill a process and everything it started."""
     import psutil

@@ -187,7 +187,7 @@ def run(target: Target, scale: ScaleOption = Scale.ci, parameter: Parameters = N
     if not all(outcome.passed for outcome in outcomes):
         raise typer.Exit(1)
 
-# %% ../../nbs/00_core/06_cli.ipynb #e743e847
+# %% ../../nbs/00_core/06_cli.ipynb #207f2527
 def _summarise(outcomes: Sequence[the_book.Outcome], out: Path, scale: str, started: float) -> None:
     """What a run leaves on the screen: outcomes, the tables it measured, where the files are, what failed."""
     console, figures = _console(), []
@@ -197,7 +197,9 @@ def _summarise(outcomes: Sequence[the_book.Outcome], out: Path, scale: str, star
     console.print()
     console.print(_table([{"notebook": o.notebook.address, "status": o.status, "seconds": round(o.seconds, 1)}
                           for o in outcomes]))
-    for record in records.written_since(started, out / "results" if scale == "ci" else None):
+    chapters = {outcome.notebook.chapter for outcome in outcomes}
+    measured = records.written_since(started, out / "results" if scale == "ci" else None)
+    for record in (record for record in measured if record.chapter in chapters):
         rows = record.table or [{"metric": name, "value": value} for name, value in record.metrics.items()
                                 if not isinstance(value, list | dict)]
         console.print()

@@ -127,10 +127,34 @@ def _narrowest(case: Any) -> str:
     _map_tensors(case, lambda t: seen.update({str(t.dtype).split(".")[-1]: t.dtype.itemsize}) if _is_floating(t) else t)
     return min(seen, key=seen.get, default="float64")
 
-# %% ../../nbs/00_core/04_kernels.ipynb #8fbd8a39
+# %% ../../nbs/00_core/04_kernels.ipynb #48b4a4f1
 RTOL = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
 
 
+def _limit(rtol: float | Mapping[Any, float], dtype: str, label: str) -> float:
+    """The tolerance for a case whose narrowest type is `dtype`."""
+    if not isinstance(rtol, Mapping):
+        return rtol
+    by_name = {str(key).split(".")[-1]: limit for key, limit in rtol.items()}  # torch.float32 and "float32" alike
+    if dtype not in by_name:
+        raise ValueError(f"rtol has no entry for {dtype}, the type of case {label!r}. It has: {', '.join(by_name)}.")
+    return by_name[dtype]
+
+
+def _outputs(result: Any) -> tuple:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def _worst(got: tuple, wanted: tuple) -> tuple[float, str | None]:
+    """The largest relative error over the outputs, and what is wrong with their number or shape."""
+    if len(got) != len(wanted):
+        return float("inf"), f"{len(got)} outputs instead of {len(wanted)}"
+    try:
+        return max((relative_error(g, w) for g, w in zip(got, wanted, strict=True)), default=0.0), None
+    except ValueError as error:
+        return float("inf"), str(error)
+
+# %% ../../nbs/00_core/04_kernels.ipynb #ade4e293
 def check_against_reference(fns: Mapping[str, Callable[..., Any]], reference: Callable[..., Any],
                             cases: Iterable[tuple[str, Mapping[str, Any]]],
                             rtol: float | Mapping[Any, float] = RTOL) -> list[dict[str, Any]]:
@@ -158,27 +182,3 @@ def check_against_reference(fns: Mapping[str, Callable[..., Any]], reference: Ca
     if failures:
         raise AssertionError("differs from the float64 reference:\n  " + "\n  ".join(failures))
     return rows
-
-
-def _limit(rtol: float | Mapping[Any, float], dtype: str, label: str) -> float:
-    """The tolerance for a case whose narrowest type is `dtype`."""
-    if not isinstance(rtol, Mapping):
-        return rtol
-    by_name = {str(key).split(".")[-1]: limit for key, limit in rtol.items()}  # torch.float32 and "float32" alike
-    if dtype not in by_name:
-        raise ValueError(f"rtol has no entry for {dtype}, the type of case {label!r}. It has: {', '.join(by_name)}.")
-    return by_name[dtype]
-
-
-def _outputs(result: Any) -> tuple:
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-
-def _worst(got: tuple, wanted: tuple) -> tuple[float, str | None]:
-    """The largest relative error over the outputs, and what is wrong with their number or shape."""
-    if len(got) != len(wanted):
-        return float("inf"), f"{len(got)} outputs instead of {len(wanted)}"
-    try:
-        return max((relative_error(g, w) for g, w in zip(got, wanted, strict=True)), default=0.0), None
-    except ValueError as error:
-        return float("inf"), str(error)

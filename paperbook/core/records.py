@@ -125,7 +125,7 @@ class Record:
         """Sorts records: a larger scale beats a smaller one, then the newer beats the older."""
         return SCALES.index(self.scale), self.date
 
-# %% ../../nbs/00_core/03_records.ipynb #c508aa62
+# %% ../../nbs/00_core/03_records.ipynb #08f4bb30
 def _plain(value: Any, where: str) -> Any:
     """`value` as what JSON can hold: numbers, strings, lists, dicts; NaN and infinities become None."""
     if value is None or isinstance(value, str | bool):
@@ -142,7 +142,8 @@ def _plain(value: Any, where: str) -> Any:
         return _plain(value.tolist(), where)
     if isinstance(value, Path):
         return value.as_posix()
-    raise TypeError(f"{where} is a {type(value).__name__}, which a record cannot hold. Pass numbers, strings, lists.")
+    raise TypeError(f"{where} is of type {type(value).__name__}, which a record cannot hold. "
+                    "Pass numbers, strings, lists.")
 
 # %% ../../nbs/00_core/03_records.ipynb #ab8ff60c
 def _chapter_folder(chapter: str, root: Path) -> Path:

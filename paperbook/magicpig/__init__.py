@@ -5,9 +5,9 @@ from .attention import (DecodeMeter, attend_exact, attend_sampled, compare_estim
 from .derive import (CapturedAttention, Estimate, capture_attention, collision_probability, full_attention,
                      oracle_sampling_attention, topk_attention)
 from .generate import CacheStats, Continuation, MagicPIGCache, continue_text, register
-from .index import HashTables, KeyIndex, LSHConfig, SimHash
+from .index import HashTables, KeyIndex, LSHConfig, SimHash, draw_keys
 
 __all__ = ["CacheStats", "CapturedAttention", "Continuation", "DecodeMeter", "Estimate", "HashTables", "KeyIndex", "LSHConfig",
            "MagicPIGCache", "SimHash", "attend_exact", "attend_sampled", "capture_attention", "collision_probability",
-           "compare_estimators", "continue_text", "full_attention", "lsh_attention", "magicpig_attention", "merge_states",
+           "compare_estimators", "continue_text", "draw_keys", "full_attention", "lsh_attention", "magicpig_attention", "merge_states",
            "oracle_sampling_attention", "quest_attention", "register", "topk_attention"]

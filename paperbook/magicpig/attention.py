@@ -6,7 +6,7 @@
 __all__ = ['merge_states', 'attend_exact', 'attend_sampled', 'static_tokens', 'DecodeMeter', 'lsh_attention',
            'magicpig_attention', 'quest_attention', 'compare_estimators']
 
-# %% ../../nbs/02_magicpig/03_attention.ipynb #8afdd4ed
+# %% ../../nbs/02_magicpig/03_attention.ipynb #07fffe53
 import math
 import time
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from numba import njit, prange
 
 from .derive import (Estimate, attention_logits, collision_probability, full_attention,
                                        oracle_sampling_attention, topk_attention)
-from .index import KeyIndex, LSHConfig, SimHash, interpolate
+from .index import KeyIndex, LSHConfig, SimHash, draw_keys, interpolate
 
 # %% ../../nbs/02_magicpig/03_attention.ipynb #e2b88fa3
 def merge_states(output_a, lse_a, output_b, lse_b):
@@ -120,7 +120,7 @@ def attend_sampled(q, keys, values, index, ids, counts, scaling):
                               output.numpy(), lse.numpy())
     return output.view(*shape, -1).to(q.dtype), lse.view(shape)
 
-# %% ../../nbs/02_magicpig/03_attention.ipynb #0452e12c
+# %% ../../nbs/02_magicpig/03_attention.ipynb #f0f01ef9
 def static_tokens(k, v, index, visible=None):
     """The tokens the index does not hold: sinks in front of it, local and generated tokens behind it.
 
@@ -129,6 +129,8 @@ def static_tokens(k, v, index, visible=None):
     """
     batch, tokens, end, sink = k.shape[0], k.shape[2], index.end, index.config.sink_tokens
     begin = index.first[index.rows].to(k.device)
+    if visible is None and (begin == sink).all() and sink <= end:     # nothing padded: plain slices
+        return torch.cat([k[:, :, :sink], k[:, :, end:]], 2), torch.cat([v[:, :, :sink], v[:, :, end:]], 2), None
     positions = torch.cat([begin[:, None] - sink + torch.arange(sink, device=k.device),
                            torch.arange(end, tokens, device=k.device).expand(batch, -1)], 1)
     # A sequence so short that its sinks reach into the tail: there the tail alone counts them.
@@ -168,7 +170,7 @@ class DecodeMeter:
         """(num_heads,) share of the indexed keys that each head drew."""
         return self.drawn / max(self.indexed, 1)
 
-# %% ../../nbs/02_magicpig/03_attention.ipynb #421eed31
+# %% ../../nbs/02_magicpig/03_attention.ipynb #be1c4f0b
 def lsh_attention(q, k, v, index, scaling, visible=None, meter=None):
     """MagicPIG attention of new queries over a cache, with the sampled part drawn from `index`.
 
@@ -180,13 +182,13 @@ def lsh_attention(q, k, v, index, scaling, visible=None, meter=None):
         raise ValueError(f"visible=None with {q.shape[2]} queries: pass the causal mask (batch, 1, queries, tokens)")
     meter = meter if meter is not None else DecodeMeter()
     with meter.time("lookup"):
-        ids, counts = index.sample(q)
+        ids, counts = draw_keys(index, q)
     with meter.time("sampled"):
         sampled = attend_sampled(q, k, v, index, ids, counts, scaling)
     with meter.time("exact"):
         static_k, static_v, static_visible = static_tokens(k, v, index, visible)
         output, lse = merge_states(*sampled, *attend_exact(q, static_k, static_v, scaling, static_visible))
-    meter.count(counts.view(q.shape[:3]), index.indexed_keys(), k.shape[2])
+    meter.count(counts.view(q.shape[:3]), (index.end - index.first[index.rows]).clamp(min=0), k.shape[2])
     return output, lse
 
 # %% ../../nbs/02_magicpig/03_attention.ipynb #2a9b553c
