@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from paperbook.magicpig import (
     HashTables,
@@ -171,3 +171,75 @@ def test_several_tokens_at_once_are_the_same_as_one_by_one(tiny):
             logits.append(torch.cat([model(ids[:, a : min(a + chunk, 200)], past_key_values=cache).logits for a in range(180, 200, chunk)], 1))
             assert 0.05 < cache.stats().share < 0.9
     assert torch.allclose(logits[0], logits[1], atol=1e-10) and torch.allclose(logits[0], logits[2], atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_refused_step_leaves_a_cache_that_says_so(tiny):
+    """After a refusal some layers hold the token and some do not: going on would be silently wrong."""
+    ids, mask = torch.randint(3, 90, (2, 150), generator=torch.Generator().manual_seed(6)), torch.ones(2, 151, dtype=torch.long)
+    cache = MagicPIGCache(tiny.config, EVERYTHING)
+    tiny(ids, past_key_values=cache)
+    wrong = mask.clone()
+    wrong[0, 20] = 0
+    with pytest.raises(ValueError, match="attention_mask"):
+        tiny(ids[:, :1], attention_mask=wrong, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="new MagicPIGCache"):
+        tiny(ids[:, :1], attention_mask=mask, past_key_values=cache)
+    cache.reset()
+    tiny(ids, past_key_values=cache)
+    assert tiny(ids[:, :1], attention_mask=mask, past_key_values=cache).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_padding_cannot_change_between_forwards(tiny):
+    ids, mask = torch.randint(3, 90, (2, 300), generator=torch.Generator().manual_seed(7)), torch.ones(2, 300, dtype=torch.long)
+    mask[1, :40] = 0
+    cache = MagicPIGCache(tiny.config, EVERYTHING)
+    tiny(ids[:, :200], attention_mask=mask[:, :200], past_key_values=cache)
+    mask[1, :20] = 1
+    with pytest.raises(ValueError, match="attention_mask"):
+        tiny(ids[:, 200:], attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_forgotten_mask_is_noticed(tiny):
+    ids, mask = torch.randint(3, 90, (2, 200), generator=torch.Generator().manual_seed(8)), torch.ones(2, 200, dtype=torch.long)
+    mask[1, :40] = 0
+    cache = MagicPIGCache(tiny.config, EVERYTHING)
+    tiny(ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_mask"):
+        tiny(ids[:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_batch_may_shrink_and_grow_and_be_read_on(tiny):
+    ids = torch.randint(3, 90, (3, 330), generator=torch.Generator().manual_seed(9))
+    keep = torch.tensor([0, 2])
+    logits = {}
+    for name in ("sdpa", "magicpig"):
+        tiny.set_attn_implementation(name)
+        cache = DynamicCache(config=tiny.config) if name == "sdpa" else MagicPIGCache(tiny.config, EVERYTHING)
+        tiny(ids[:, :150], past_key_values=cache)
+        cache.batch_select_indices(keep)
+        tiny(ids[keep, 150:250], past_key_values=cache)
+        cache.crop(-95)
+        tiny(ids[keep, 155:221], past_key_values=cache)
+        logits[name] = tiny(ids[keep, 221:225], past_key_values=cache).logits
+    tiny.set_attn_implementation("magicpig")
+    assert (logits["sdpa"] - logits["magicpig"]).abs().max() / logits["sdpa"].std() < 1e-3
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(q=torch.randn(1, 5, 1, 16)), "num_heads"), (dict(v=torch.randn(1, 2, 90, 16)), "k and v"),
+    (dict(k=torch.randn(1, 2, 50, 16), v=torch.randn(1, 2, 50, 16)), "index"), (dict(q=torch.randn(4, 1, 16)), "batch, heads"),
+    (dict(k=torch.randn(1, 2, 100, 16).half(), v=torch.randn(1, 2, 100, 16).half()), "float16"),
+])
+def test_tensors_that_do_not_fit_are_named(change, words):
+    config = LSHConfig(min_length=1)
+    k = torch.randn(1, 2, 100, 16)
+    index = KeyIndex(SimHash(16, config), config, "numba")
+    index.extend(k, torch.tensor([0]), 90)
+    with pytest.raises(ValueError, match=words):
+        lsh_attention(**(dict(q=torch.randn(1, 4, 1, 16), k=k, v=k, index=index, scaling=0.25) | change))
+    with pytest.raises(ValueError, match="empty"):
+        lsh_attention(torch.randn(1, 4, 1, 16), k, k, KeyIndex(SimHash(16, config), config, "numba"), 0.25)

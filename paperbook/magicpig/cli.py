@@ -27,7 +27,7 @@ def read_prompt(path):
         raise typer.BadParameter(f"{str(path)!r} is empty. Give the document to continue.", param_hint="--prompt-file")
     return text
 
-# %% ../../nbs/02_magicpig/05_cli.ipynb #a7df2c28
+# %% ../../nbs/02_magicpig/05_cli.ipynb #fdae697e
 app = typer.Typer(no_args_is_help=True, help="MagicPIG: decode long documents from a sample of the keys (arXiv 2410.16179).")
 
 
@@ -40,7 +40,7 @@ def magicpig():
 def generate(
     prompt_file: Annotated[Path, typer.Option(help="Text file with the document to continue.")],
     model: Annotated[str, typer.Option(help="Folder or hub name of a transformers model. Default: SmolLM2-135M-Instruct.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="How many tokens to write.")] = 64,
     dense: Annotated[bool, typer.Option("--dense", help="Exact attention instead, for comparison.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Afterwards, say how often exact attention would have chosen the same token.")] = False,
     num_bits: Annotated[int, typer.Option(help="Sign bits a hash table (K). More: fewer keys are drawn.")] = 10,
@@ -64,10 +64,10 @@ def generate(
     if result.agreement is not None:
         console.print(f"exact attention would have chosen the same token in {result.agreement:.0%} of the steps", highlight=False)
 
-# %% ../../nbs/02_magicpig/05_cli.ipynb #6d3c51e7
+# %% ../../nbs/02_magicpig/05_cli.ipynb #fcb9f8ec
 def _continue(model_name, text, console, **settings):
     """Load the model and continue `text` on standard output, with a spinner while the document is read."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from paperbook.magicpig.generate import check_served, continue_text
@@ -76,9 +76,9 @@ def _continue(model_name, text, console, **settings):
     set_verbosity_error()
     with console.status("loading the model") as status:
         name = model_name or find("SmolLM2-135M-Instruct")
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
         if not settings["dense"]:
-            check_served(model.config.get_text_config(decoder=True))
+            check_served(AutoConfig.from_pretrained(name).get_text_config(decoder=True))
+        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
         status.update("reading the document")
         return continue_text(model, tokenizer, text, streamer=_Streamer(status, TextStreamer(tokenizer, skip_prompt=True)), **settings)
 

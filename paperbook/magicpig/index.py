@@ -6,7 +6,8 @@
 __all__ = ['TABLES', 'LSHConfig', 'SimHash', 'HashTables', 'ComparedCodes', 'log_probability_table', 'interpolate',
            'counted_positions', 'masked_mean', 'random_codes', 'KeyIndex', 'draw_keys']
 
-# %% ../../nbs/02_magicpig/02_index.ipynb #49266d55
+# %% ../../nbs/02_magicpig/02_index.ipynb #6f003f46
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,18 @@ from numba import njit, prange
 
 from .derive import collision_probability
 
-# %% ../../nbs/02_magicpig/02_index.ipynb #e9f1a4d0
+# %% ../../nbs/02_magicpig/02_index.ipynb #520c435a
+def _integer(name, value, low, high):
+    """`value` as a plain int within its range; ValueError naming the field otherwise. Takes numpy's integers, not booleans."""
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or whole < low or (high is not None and whole > high):
+        raise ValueError(f"{name}={value!r} must be an integer {f'in {low}..{high}' if high else f'of at least {low}'}")
+    return whole
+
+# %% ../../nbs/02_magicpig/02_index.ipynb #7539f785
 @dataclass(frozen=True)
 class LSHConfig:
     """Settings of MagicPIG.
@@ -23,7 +35,7 @@ class LSHConfig:
     num_bits: sign bits a table, K, 1..16. num_tables: tables, L. min_collisions: tables a key must meet the query in.
     sink_tokens, local_tokens: first and last prompt tokens that are always attended exactly.
     dense_layers: indices of layers that stay exact; None means every sixteenth, as the paper.
-    min_length: fewest keys worth an index; shorter prompts stay exact (`MagicPIGCache.stats` shows it).
+    min_length: fewest keys worth an index, beside sink and local tokens; shorter prompts stay exact, as `stats` shows.
     weight_floor: added to the probability before it divides a weight; caps the weight of a lucky far key at 1/floor.
     seed: of the random projections. backend: "auto", "numba" (CPU) or "torch" (any device).
     Raises ValueError naming the field, its value and the range it must lie in.
@@ -44,17 +56,19 @@ class LSHConfig:
     backend: str = "auto"
 
     def __post_init__(self):
-        for name, low, high in [("num_bits", 1, 16), ("min_collisions", 1, 255), ("num_tables", self.min_collisions, 4096),
-                                ("sink_tokens", 0, None), ("local_tokens", 1, None), ("min_length", 1, None)]:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-                raise ValueError(f"{name}={value!r} must be an integer {f'in {low}..{high}' if high else f'of at least {low}'}")
-        if not 0 <= self.weight_floor < 1:
-            raise ValueError(f"weight_floor={self.weight_floor!r} must lie in [0, 1)")
+        for name, low, high in [("num_bits", 1, 16), ("min_collisions", 1, 8), ("num_tables", 1, 4096), ("sink_tokens", 0, None),
+                                ("local_tokens", 1, None), ("min_length", 1, None), ("seed", 0, None)]:
+            object.__setattr__(self, name, _integer(name, getattr(self, name), low, high))
+        if self.num_tables < self.min_collisions:
+            raise ValueError(f"num_tables={self.num_tables} must be at least min_collisions={self.min_collisions}")
+        if not isinstance(self.weight_floor, (int, float)) or not 0 <= self.weight_floor < 1:
+            raise ValueError(f"weight_floor={self.weight_floor!r} must be a number in [0, 1)")
         if self.backend not in ("auto", "numba", "torch"):
             raise ValueError(f"backend={self.backend!r} must be 'auto', 'numba' or 'torch'")
         if self.dense_layers is not None:
-            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+            if isinstance(self.dense_layers, (int, str)):
+                raise ValueError(f"dense_layers={self.dense_layers!r} must be a tuple of layer indices, such as (0, 16)")
+            object.__setattr__(self, "dense_layers", tuple(_integer("dense_layers", i, 0, None) for i in self.dense_layers))
 
 # %% ../../nbs/02_magicpig/02_index.ipynb #657f6d9e
 class SimHash:
@@ -227,12 +241,9 @@ def random_codes(like, config):
     generator = torch.Generator().manual_seed(config.seed)
     return torch.randint(2**config.num_bits, like.shape, dtype=like.dtype, generator=generator).to(like.device)
 
-# %% ../../nbs/02_magicpig/02_index.ipynb #d65a3cb7
+# %% ../../nbs/02_magicpig/02_index.ipynb #3fd9a9d6
 class KeyIndex:
-    """Sampling index over one layer's keys, of positions first[b] (behind padding and sinks) to `end` of each sequence b.
-
-    hasher: a `SimHash`; config: an `LSHConfig`; backend: "numba" or "torch".
-    """
+    """Index over one layer's keys: `hasher` a `SimHash`, `config` an `LSHConfig`, `backend` "numba" or "torch"."""
 
     def __init__(self, hasher, config, backend):
         self.hasher, self.config, self.backend = hasher, config, backend
@@ -245,7 +256,10 @@ class KeyIndex:
         The mean is that of the first call. When the index has doubled since, all is hashed anew around a new mean.
         Raises ValueError when a key is not finite.
         """
+        if end <= self.end:                      # a crop and a shorter forward: what is indexed stays true
+            return
         if self.end == 0 or end >= 2 * self.fitted_end:
+            self.zero_norm_keys = 0
             self.first, self.rows, self.fitted_end, self.end = first.cpu(), torch.arange(len(keys)), end, 0
             self.mean = masked_mean(keys[:, :, :end], counted_positions(self.first, 0, end, keys.device))
             self.tables = TABLES[self.backend](keys.shape[0] * keys.shape[1], self.config, keys.device)
@@ -258,11 +272,11 @@ class KeyIndex:
             raise ValueError("keys hold NaN or infinity; they cannot be hashed. Check the model's dtype and the prompt.")
         centred = new.to(self.mean.dtype) - self.mean
         norm, codes = centred.norm(dim=-1), self.hasher.encode(centred.flatten(0, 1))
-        zero = ((norm == 0) & counted[..., 0]).flatten(0, 1)
-        codes[zero] = random_codes(codes[zero], self.config)
-        self.zero_norm_keys += int(zero.sum())
+        zero = norm <= 1e-5 * self.mean.norm(dim=-1)                # nothing but rounding is left of its direction
+        codes[zero.flatten(0, 1)] = random_codes(codes[zero.flatten(0, 1)], self.config)
+        self.zero_norm_keys += int((zero & counted[..., 0]).sum())
         self.tables.append(codes, self.first.repeat_interleave(new.shape[1]))
-        self.inverse_norm = torch.cat([self.inverse_norm, torch.where(norm > 0, 1 / norm, 0)], -1)
+        self.inverse_norm = torch.cat([self.inverse_norm, torch.where(zero, 0, 1 / norm)], -1)
 
     def select_rows(self, indices):
         """Follow a reordered batch: sequence b becomes the former indices[b]. The tables stay, `rows` knows whose they are."""
