@@ -27,7 +27,7 @@ def read_prompt(path):
         raise typer.BadParameter(f"{str(path)!r} is empty. Give the document to continue.", param_hint="--prompt-file")
     return text
 
-# %% ../../nbs/02_magicpig/05_cli.ipynb #fdae697e
+# %% ../../nbs/02_magicpig/05_cli.ipynb #a46b9ad3
 app = typer.Typer(no_args_is_help=True, help="MagicPIG: decode long documents from a sample of the keys (arXiv 2410.16179).")
 
 
@@ -53,7 +53,7 @@ def generate(
         config = LSHConfig(num_bits=num_bits, num_tables=num_tables, seed=seed)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     try:
         result = _continue(model, text, console, max_new_tokens=max_new_tokens, config=config, dense=dense, compare=compare)
     except (AssetMissing, ValueError, OSError) as error:
