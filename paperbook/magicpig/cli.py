@@ -27,7 +27,7 @@ def read_prompt(path):
         raise typer.BadParameter(f"{str(path)!r} is empty. Give the document to continue.", param_hint="--prompt-file")
     return text
 
-# %% ../../nbs/02_magicpig/05_cli.ipynb #a46b9ad3
+# %% ../../nbs/02_magicpig/05_cli.ipynb #0252dc19
 app = typer.Typer(no_args_is_help=True, help="MagicPIG: decode long documents from a sample of the keys (arXiv 2410.16179).")
 
 
@@ -53,6 +53,8 @@ def generate(
         config = LSHConfig(num_bits=num_bits, num_tables=num_tables, seed=seed)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        raise typer.BadParameter(f"there is no folder {model!r}. Give a model's folder, or its name on the hub.", param_hint="--model")
     console = Console(stderr=True, force_jupyter=False)
     try:
         result = _continue(model, text, console, max_new_tokens=max_new_tokens, config=config, dense=dense, compare=compare)
