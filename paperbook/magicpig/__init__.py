@@ -4,8 +4,11 @@ from .attention import (DecodeMeter, attend_exact, attend_sampled, compare_estim
                         merge_states, quest_attention)
 from .derive import (CapturedAttention, Estimate, capture_attention, collision_probability, full_attention,
                      oracle_sampling_attention, topk_attention)
+from .kernels import decode_attention
 from .generate import CacheStats, Continuation, MagicPIGCache, continue_text, register
-from .index import HashTables, KeyIndex, LSHConfig, SimHash, draw_keys
+from .index import KeyIndex, choose_config, draw_keys
+from .signature import Signatures, hamming_probability
+from .tables import HashTables, LSHConfig, SimHash
 
 __all__ = ["CacheStats", "CapturedAttention", "Continuation", "DecodeMeter", "Estimate", "HashTables", "KeyIndex", "LSHConfig",
            "MagicPIGCache", "SimHash", "attend_exact", "attend_sampled", "capture_attention", "collision_probability",
