@@ -38,11 +38,11 @@ class Notebook:
 
     path: Path
     chapter: str  # "magicpig"
-    name: str  # "03_attention"
+    name: str  # "05_attention"
 
     @property
     def address(self) -> str:
-        """How to name it on the command line: "magicpig/03_attention"."""
+        """How to name it on the command line: "magicpig/05_attention"."""
         return f"{self.chapter}/{self.name}"
 
     @cached_property
@@ -118,8 +118,8 @@ def _bare(name: str) -> str:
 def select(book: Sequence[Chapter], target: str) -> list[Notebook]:
     """The notebooks that `target` names.
 
-    target: "all", a chapter ("magicpig", "02_magicpig"), a notebook ("magicpig/03_attention",
-        "03_attention", "attention" where only one has that name), or the path of one.
+    target: "all", a chapter ("magicpig", "02_magicpig"), a notebook ("magicpig/05_attention",
+        "05_attention", "attention" where only one has that name), or the path of one.
     Raises UnknownTarget, with the nearest names, for anything else.
     """
     everything = [notebook for chapter in book for notebook in chapter.notebooks]

@@ -160,7 +160,7 @@ Scale = Enum("Scale", {name: name for name in records.SCALES}, type=str)
 
 
 Target = Annotated[str, typer.Argument(
-    metavar="TARGET", help="A chapter (magicpig), a notebook (magicpig/03_attention), or all.")]
+    metavar="TARGET", help="A chapter (magicpig), a notebook (magicpig/05_attention), or all.")]
 ScaleOption = Annotated[Scale, typer.Option(
     "--scale", help="ci: minutes on a laptop. full: hours on a CPU. gpu: one large GPU.")]
 Parameters = Annotated[list[str] | None, typer.Option(

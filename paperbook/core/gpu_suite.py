@@ -20,12 +20,12 @@ from .records import find_root, provenance, render_table, written_since
 
 # %% ../../nbs/00_core/07_gpu_suite.ipynb #a850a54e
 def gpu_benchmarks() -> dict[str, Callable[[], None]]:
-    """Chapter -> a function that runs its GPU benchmark; for each chapter that has a module `gpu`."""
+    """Chapter -> a function that runs its GPU benchmark; for each chapter that has a module `triton`."""
 
     def starter(chapter: str) -> Callable[[], None]:
-        return lambda: importlib.import_module(f"paperbook.{chapter}.gpu").gpu_benchmark()
+        return lambda: importlib.import_module(f"paperbook.{chapter}.triton").gpu_benchmark()
 
-    found = sorted(path.parent.name for place in paperbook.__path__ for path in Path(place).glob("*/gpu.py"))
+    found = sorted(path.parent.name for place in paperbook.__path__ for path in Path(place).glob("*/triton.py"))
     return {chapter: starter(chapter) for chapter in found}
 
 # %% ../../nbs/00_core/07_gpu_suite.ipynb #53512a3b

@@ -149,7 +149,7 @@ def check_shapes(q, k, v, index):
     if batch != len(index.rows) or heads != index.mean.shape[1] or tokens < index.end:
         raise ValueError(f"k {tuple(k.shape)} does not fit the index of {len(index.rows)} sequences, {index.mean.shape[1]} heads, {index.end} tokens")
 
-# %% ../../nbs/02_magicpig/05_attention.ipynb #916e2347
+# %% ../../nbs/02_magicpig/05_attention.ipynb #9bfaa042
 def lsh_attention(q, k, v, index, scaling, visible=None, meter=None):
     """MagicPIG attention of new queries over a cache, with the sampled part drawn from `index`. Plain torch; the reference.
 
@@ -165,7 +165,7 @@ def lsh_attention(q, k, v, index, scaling, visible=None, meter=None):
         ids, counts = draw_keys(index, q)
         sampled = attend_sampled(q, k, v, index, ids, counts, scaling)
         static_k, static_v, static_visible = static_tokens(k, v, index, visible)
-        output, lse = merge_states(*sampled, *attend_exact(q, static_k, static_v, scaling, static_visible))
+        output, lse = merge_states(*sampled, *attend_exact(q, static_k.to(q.dtype), static_v.to(q.dtype), scaling, static_visible))
     first = index.first[index.rows]
     meter.count(counts.view(q.shape[:3]), int((index.end - first).clamp(min=0).sum()), int((k.shape[2] + index.config.sink_tokens - first).sum()))
     return output, lse

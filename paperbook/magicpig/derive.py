@@ -136,12 +136,12 @@ def oracle_sampling_attention(q, k, v, *, scaling, budget, generator):
     output = (counts / draws[..., None]).to(v.dtype) @ v.repeat_interleave(q.shape[0] // v.shape[0], dim=0)
     return Estimate(output, (counts > 0).sum(-1))
 
-# %% ../../nbs/02_magicpig/01_derive.ipynb #93c2d602
+# %% ../../nbs/02_magicpig/01_derive.ipynb #aa44feab
 def collision_probability(cos, num_bits, num_tables, min_collisions=2):
     """Probability that a key shares at least `min_collisions` of `num_tables` buckets with a query, @eq-magicpig-u.
 
     cos: cosine of the angle between query and key, any shape, clipped to [-1, 1]. Returns float64 numpy of that shape.
-    num_bits: sign bits a table, K. num_tables: L. In float64 through expm1 and log1p: see notebook 2 for why.
+    num_bits: sign bits a table, K. num_tables: L. In float64 through expm1 and log1p: see notebook 4 for why.
 
     >>> print(f"{collision_probability(0.5, num_bits=10, num_tables=150):.4f}")
     0.7356

@@ -147,7 +147,7 @@ class Sweeps:
             assert torch.equal(meter.drawn, self.expected.setdefault(name, meter.drawn)) and meter.drawn.sum() > 0, name
             self.expected[name, "share"] = float(meter.share.mean())
 
-# %% ../../nbs/02_magicpig/09_speed.ipynb #27a0640a
+# %% ../../nbs/02_magicpig/09_speed.ipynb #17df4b5f
 DENSE = ("SDPA float32", "SDPA bfloat16", "dense bfloat16, ours")
 
 
@@ -155,8 +155,13 @@ def measure_steps(captured, *, context, head_dim=64, kv_heads=3, groups=3, batch
     """Time a decode step of every method on one layer's keys stretched to `context`, with its error. Returns (rows, facts).
 
     captured: dict from layer to `CapturedAttention`. share: of the indexed keys, for the sampled methods; the others get as many.
-    threads: torch's and numba's, the current number if None. rows: one dict a method; facts: floor, bandwidth, index bytes and build time.
+    threads: torch's and numba's, the current number if None. Raises ValueError naming a size it cannot serve. rows: one dict a method; facts: floor, bandwidth, index bytes and build time.
     """
+    own = next(iter(captured.values())).k.shape[2]
+    for name, value, low, step in (("context", context, 256, 16), ("head_dim", head_dim, own, own), ("kv_heads", kv_heads, 1, 1), ("groups", groups, 1, 1),
+                                   ("batch", batch, 1, 1), ("repeats", repeats, 1, 1)) + ((("threads", threads, 1, 1),) if threads is not None else ()):
+        if value < low or value % step:
+            raise ValueError(f"{name}={value} must be a multiple of {step}, at least {low}")
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else threads)
     try:
