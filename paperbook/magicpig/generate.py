@@ -108,7 +108,7 @@ def left_padding(visible, keys):
                          "Set tokenizer.padding_side='left', or pass one sequence at a time.")
     return padding
 
-# %% ../../nbs/02_magicpig/08_generate.ipynb #c7512272
+# %% ../../nbs/02_magicpig/08_generate.ipynb #65122a31
 class IndexedLayer(PreallocatedLayer):
     """A preallocated layer that can index its prompt.
 
@@ -127,10 +127,14 @@ class IndexedLayer(PreallocatedLayer):
 
     def _room(self, tokens):
         """Keys and values of a token side by side, so that one trip to memory brings both; in `kv_dtype`."""
-        if self.keys.shape != self.values.shape:
-            return super()._room(tokens)
         rows = self.keys.new_empty(*self.keys.shape[:2], tokens, 2, self.keys.shape[3], dtype=self.config.kv_dtype or self.keys.dtype)
         return rows[..., 0, :], rows[..., 1, :]
+
+    def _hasher(self):
+        key = (self.keys.shape[3], self.config.seed, str(self.device))
+        if key not in self.hashers:
+            self.hashers[key] = SimHash(self.keys.shape[3], self.config, self.device)
+        return self.hashers[key]
 
     def index_prompt(self, visible):
         """Index all but sink, local and padded tokens, if that leaves enough. visible: the last query's (batch, tokens) or None."""
@@ -145,18 +149,10 @@ class IndexedLayer(PreallocatedLayer):
         if self.index is not None and not (len(self.index.mean) == len(first) and torch.equal(self.index.rows, torch.arange(len(first)))):
             self.index = None                              # the batch was reordered since: file it anew in its new order
         if self.index is None:
-            self.index = KeyIndex(self._hasher(), self.config, self._backend())
+            backend = choose_backend(self.config.backend, device=self.device, available=("numba", "torch"))
+            self.index = KeyIndex(self._hasher(), self.config, backend)
         with self.meter.time("index"):
             self.index.extend(self.keys, first, end)
-
-    def _hasher(self):
-        key = (self.keys.shape[3], self.config.seed, str(self.device))
-        if key not in self.hashers:
-            self.hashers[key] = SimHash(self.keys.shape[3], self.config, self.device)
-        return self.hashers[key]
-
-    def _backend(self):
-        return choose_backend(self.config.backend, device=self.device, available=("numba", "torch"))
 
 # %% ../../nbs/02_magicpig/08_generate.ipynb #e73385d2
 class MagicPIGLayer(IndexedLayer):

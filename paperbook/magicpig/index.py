@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'inclusion_probability', 'log_probability_table', 'interpolate', 'counted_positions', 'masked_mean',
-           'random_codes', 'KeyIndex', 'draw_keys', 'choose_config']
+           'random_codes', 'CentredKeys', 'KeyIndex', 'draw_keys', 'choose_config']
 
 # %% ../../nbs/02_magicpig/04_index.ipynb #ae7e4ee4
 from dataclasses import replace
@@ -58,12 +58,34 @@ def random_codes(like, config):
     bits = 16 if config.method == "signature" else config.num_bits
     return torch.randint(2**bits, like.shape, dtype=like.dtype, generator=generator).to(like.device)
 
-# %% ../../nbs/02_magicpig/04_index.ipynb #741fafdb
+# %% ../../nbs/02_magicpig/04_index.ipynb #457d3c95
 TABLES = {("tables", "numba"): HashTables, ("tables", "torch"): ComparedCodes,
           ("signature", "numba"): Signatures, ("signature", "torch"): ComparedSignatures}
 
 
-class KeyIndex:
+class CentredKeys:
+    """What an index keeps of keys: their mean, and from it codes and lengths. `hasher`: a `SimHash`; `config`: an `LSHConfig`."""
+
+    def describe(self, new, counted):
+        """Codes (batch, heads, n, num_tables) and 1/length (batch, heads, n) of keys less the mean; a key equal to the mean gets 0.
+
+        new: (batch, heads, n, head_dim); counted: (batch, 1, n, 1). Raises ValueError when a counted key is not finite.
+        """
+        if not (torch.isfinite(new).all(-1, keepdim=True) | ~counted).all():
+            raise ValueError("keys hold NaN or infinity; they cannot be hashed. Check the model's dtype and the prompt.")
+        centred = new.to(self.mean.dtype) - self.mean
+        norm, codes = centred.norm(dim=-1), self.hasher.encode(centred)
+        zero = norm <= 1e-5 * self.mean.norm(dim=-1)                # nothing but rounding is left of its direction
+        codes[zero] = random_codes(codes[zero], self.config)
+        return codes, torch.where(zero, 0, 1 / norm)
+
+    @property
+    def nbytes(self):
+        """Bytes held beside the keys themselves."""
+        return self.tables.nbytes + self.inverse_norm.nbytes + self.mean.nbytes
+
+# %% ../../nbs/02_magicpig/04_index.ipynb #c58cc0f0
+class KeyIndex(CentredKeys):
     """Index over one layer's keys: `hasher` a `SimHash`, `config` an `LSHConfig`, `backend` "numba" or "torch"."""
 
     def __init__(self, hasher, config, backend):
@@ -91,15 +113,10 @@ class KeyIndex:
         self.end = end
 
     def _append(self, new, counted):
-        if not (torch.isfinite(new).all(-1, keepdim=True) | ~counted).all():
-            raise ValueError("keys hold NaN or infinity; they cannot be hashed. Check the model's dtype and the prompt.")
-        centred = new.to(self.mean.dtype) - self.mean
-        norm, codes = centred.norm(dim=-1), self.hasher.encode(centred.flatten(0, 1))
-        zero = norm <= 1e-5 * self.mean.norm(dim=-1)                # nothing but rounding is left of its direction
-        codes[zero.flatten(0, 1)] = random_codes(codes[zero.flatten(0, 1)], self.config)
-        self.zero_norm_keys += int((zero & counted[..., 0]).sum())
-        self.tables.append(codes, self.first.repeat_interleave(new.shape[1]))
-        self.inverse_norm = torch.cat([self.inverse_norm, torch.where(zero, 0, 1 / norm)], -1)
+        codes, inverse_norm = self.describe(new, counted)
+        self.zero_norm_keys += int(((inverse_norm == 0) & counted[..., 0]).sum())
+        self.tables.append(codes.flatten(0, 1), self.first.repeat_interleave(new.shape[1]))
+        self.inverse_norm = torch.cat([self.inverse_norm, inverse_norm], -1)
 
     def __getstate__(self):
         return self.__dict__ | {"arrays": None}        # they hold addresses, which are nobody else's
@@ -107,11 +124,6 @@ class KeyIndex:
     def select_rows(self, indices):
         """Follow a reordered batch: sequence b becomes the former indices[b]. The tables stay, `rows` knows whose they are."""
         self.rows, self.arrays = self.rows[indices.cpu()], None
-
-    @property
-    def nbytes(self):
-        """Bytes held beside the keys themselves."""
-        return self.tables.nbytes + self.inverse_norm.nbytes + self.mean.nbytes
 
 # %% ../../nbs/02_magicpig/04_index.ipynb #78973dab
 def draw_keys(index, q):

@@ -317,7 +317,7 @@ def share_out(threads, heads, most):
 
 ROW_TYPES = {torch.float32: np.zeros(1, np.float32), torch.bfloat16: np.zeros(1, np.uint16)}
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #7916a80f
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #c63695eb
 class _Arrays:
     """An index as the kernels want it, for a cache of `heads` key-value heads and `queries` queries for each."""
 
@@ -337,7 +337,9 @@ class _Arrays:
             self.words, self.limit = tables.words, config.max_distance
         else:
             self.met = np.empty((len(self.rows) * queries, index.end), np.uint8)
-            self.segments = (np.repeat(self.rows, queries), *tables.addresses(), tables.SEGMENT, *tables.shape[1:])
+            start, ids = ([array.ctypes.data for array in arrays] for arrays in (tables.start, tables.ids))
+            self.segments = (np.repeat(self.rows, queries), np.array(start), np.array(ids), np.array([array.shape[2] for array in tables.ids]),
+                             tables.SEGMENT, *tables.shape[1:])
 
 # %% ../../nbs/02_magicpig/06_kernels.ipynb #251a90b4
 def fused_step(q, k, v, index, scaling):

@@ -15,14 +15,14 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-# %% ../../nbs/02_magicpig/03_signature.ipynb #17e8468e
+# %% ../../nbs/02_magicpig/03_signature.ipynb #cd1a9847
 def hamming_probability(cos, bits, max_distance):
     """Probability that signatures of `bits` signs differ in at most `max_distance` places, @eq-magicpig-signature.
 
     cos: cosine of the angle between query and key, any shape, clipped to [-1, 1]. Returns float64 numpy of that shape.
 
     >>> print(f"{hamming_probability(0.5, bits=256, max_distance=102):.4f}")
-    0.9892
+    0.9878
     """
     differ = np.arccos(np.clip(np.asarray(cos, np.float64), -1, 1)) / np.pi
     with np.errstate(divide="ignore"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SWEEP_BYTES', 'DENSE', 'stretched_layer', 'packed_sdpa', 'topk_step', 'page_bounds', 'quest_step', 'read_bandwidth',
-           'Sweeps', 'measure_steps', 'speed_table', 'real_keys']
+           'build_indexes', 'Sweeps', 'measure_steps', 'speed_table', 'real_keys']
 
 # %% ../../nbs/02_magicpig/09_speed.ipynb #a8d84690
 import math
@@ -94,10 +94,21 @@ def read_bandwidth(repeats=7):
         best = min(best, time.perf_counter() - start)
     return numbers.nbytes / best
 
-# %% ../../nbs/02_magicpig/09_speed.ipynb #1848e9e0
+# %% ../../nbs/02_magicpig/09_speed.ipynb #a137e34a
 SWEEP_BYTES = 200_000_000     # several times what a processor caches
 
 
+def build_indexes(copies, config):
+    """A `KeyIndex` of each of several keys (batch, heads, tokens, head_dim), and the mean seconds of building one."""
+    first, end, hasher = torch.full((len(copies[0]),), config.sink_tokens), copies[0].shape[2] - config.local_tokens, SimHash(copies[0].shape[3], config)
+    KeyIndex(hasher, config, "numba").extend(copies[0][:, :, :200], first, 128)      # compiles
+    start = time.perf_counter()
+    indexes = [KeyIndex(hasher, config, "numba") for _ in copies]
+    for index, keys in zip(indexes, copies):
+        index.extend(keys, first, end)
+    return indexes, (time.perf_counter() - start) / len(copies)
+
+# %% ../../nbs/02_magicpig/09_speed.ipynb #2f5f01af
 class Sweeps:
     """Copies of one layer in every method's own form; `sweep(name)` runs a decode step of method `name` on each in turn."""
 
@@ -109,15 +120,10 @@ class Sweeps:
         self.apart = [(k.to(dtype, copy=True), v.to(dtype, copy=True)) for _ in range(self.copies)]
         self.wide = [(k.clone(), v.clone()) for _ in range(max(2, self.copies // 2))]
         self.bounds = [page_bounds(keys) for keys, _ in self.apart]
-        self.indexes, self.build_seconds, self.expected, self.outputs = {}, {}, {}, {}
-        for name, config in configs.items():
-            first, end, hasher = torch.full((len(k),), config.sink_tokens), k.shape[2] - config.local_tokens, SimHash(k.shape[3], config)
-            KeyIndex(hasher, config, "numba").extend(k[:, :, :200], first, 128)      # compiles
-            start = time.perf_counter()
-            self.indexes[name] = [KeyIndex(hasher, config, "numba") for _ in range(self.copies)]
-            for index, row in zip(self.indexes[name], self.rows):
-                index.extend(row[:, :, :, 0], first, end)
-            self.build_seconds[name] = (time.perf_counter() - start) / self.copies
+        self.expected, self.outputs, keys = {}, {}, [row[:, :, :, 0] for row in self.rows]
+        built = {name: build_indexes(keys, config) for name, config in configs.items()}
+        self.indexes = {name: indexes for name, (indexes, _) in built.items()}
+        self.build_seconds = {name: seconds for name, (_, seconds) in built.items()}
 
     def step(self, name, i, meter=None):
         """One decode step of method `name` on copy i: append the last token again, then attend."""
