@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from typer.testing import CliRunner
 
 from paperbook.magicpig import (
     CapturedAttention,
@@ -29,7 +31,9 @@ from paperbook.magicpig import (
     lsh_attention,
     merge_states,
     register,
+    speed,
 )
+from paperbook.magicpig.cli import app
 from paperbook.magicpig.speed import measure_steps
 
 EVERYTHING = LSHConfig(num_bits=1, num_tables=512, min_length=16, local_tokens=8, dense_layers=())
@@ -362,3 +366,23 @@ def test_wrong_sizes_of_the_benchmark_are_named(change, words):
     captured = {0: CapturedAttention(torch.randn(2, 300, 64), torch.randn(1, 300, 64), torch.randn(1, 300, 64), 0.125)}
     with pytest.raises(ValueError, match=words):
         measure_steps(captured, **(dict(context=512, kv_heads=1, groups=1) | change))
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_bench_prints_what_it_measured(monkeypatch, as_json):
+    captured = {0: CapturedAttention(torch.randn(3, 400, 64), torch.randn(1, 400, 64), torch.randn(1, 400, 64), 0.125)}
+    monkeypatch.setattr(speed, "real_keys", lambda: captured)
+    monkeypatch.setattr(speed.measure_steps, "__kwdefaults__", speed.measure_steps.__kwdefaults__ | {"sweep_bytes": 1_000_000})
+    monkeypatch.setattr(speed, "read_bandwidth", lambda: 1e10)
+    arguments = ["bench", "--context", "2048", "--kv-heads", "1", "--repeats", "1", *(["--json"] if as_json else [])]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    methods = [*speed.DENSE, "exact TopK", "Quest pages", "MagicPIG tables", "MagicPIG signature"]
+    if as_json:
+        numbers = json.loads(result.stdout)
+        assert [row["method"] for row in numbers["rows"]] == methods
+        assert all(row["ms"] > 0 and np.isfinite(row["error"]) and (row["error"] < 0.05 or row["method"] not in speed.DENSE) for row in numbers["rows"])
+    else:
+        assert all(method in result.stdout for method in methods) and "bytes a key" in result.stdout
+    wrong = CliRunner().invoke(app, ["bench", "--context", "2048", "--head-dim", "100"])
+    assert wrong.exit_code == 2 and "head_dim=100" in wrong.stderr

@@ -108,13 +108,13 @@ def build_indexes(copies, config):
         index.extend(keys, first, end)
     return indexes, (time.perf_counter() - start) / len(copies)
 
-# %% ../../nbs/02_magicpig/09_speed.ipynb #2f5f01af
+# %% ../../nbs/02_magicpig/09_speed.ipynb #ebde3e04
 class Sweeps:
     """Copies of one layer in every method's own form; `sweep(name)` runs a decode step of method `name` on each in turn."""
 
-    def __init__(self, q, k, v, configs, budget, dtype=torch.bfloat16):
+    def __init__(self, q, k, v, configs, budget, sweep_bytes=SWEEP_BYTES, dtype=torch.bfloat16):
         self.q, self.k, self.v, self.budget, self.scaling = q, k, v, budget, q.shape[3] ** -0.5
-        self.copies = max(2, -(-SWEEP_BYTES // (4 * k.numel())))
+        self.copies = max(2, -(-sweep_bytes // (4 * k.numel())))
         rows = torch.stack([k, v], 3).to(dtype)
         self.rows = [rows.clone() for _ in range(self.copies)]
         self.apart = [(k.to(dtype, copy=True), v.to(dtype, copy=True)) for _ in range(self.copies)]
@@ -153,15 +153,16 @@ class Sweeps:
             assert torch.equal(meter.drawn, self.expected.setdefault(name, meter.drawn)) and meter.drawn.sum() > 0, name
             self.expected[name, "share"] = float(meter.share.mean())
 
-# %% ../../nbs/02_magicpig/09_speed.ipynb #17df4b5f
+# %% ../../nbs/02_magicpig/09_speed.ipynb #497cf1da
 DENSE = ("SDPA float32", "SDPA bfloat16", "dense bfloat16, ours")
 
 
-def measure_steps(captured, *, context, head_dim=64, kv_heads=3, groups=3, batch=1, threads=None, share=0.04, repeats=9, seed=0):
+def measure_steps(captured, *, context, head_dim=64, kv_heads=3, groups=3, batch=1, threads=None, share=0.04, repeats=9, seed=0,
+                  sweep_bytes=SWEEP_BYTES):
     """Time a decode step of every method on one layer's keys stretched to `context`, with its error. Returns (rows, facts).
 
     captured: dict from layer to `CapturedAttention`. share: of the indexed keys, for the sampled methods; the others get as many.
-    threads: torch's and numba's, the current number if None. Raises ValueError naming a size it cannot serve. rows: one dict a method; facts: floor, bandwidth, index bytes and build time.
+    threads: torch's and numba's, the current number if None. sweep_bytes: of the copies a sweep goes over. Raises ValueError naming a size it cannot serve. rows: one dict a method; facts: floor, bandwidth, index bytes and build time.
     """
     own = next(iter(captured.values())).k.shape[2]
     for name, value, low, step in (("context", context, 256, 16), ("head_dim", head_dim, own, own), ("kv_heads", kv_heads, 1, 1), ("groups", groups, 1, 1),
@@ -173,7 +174,7 @@ def measure_steps(captured, *, context, head_dim=64, kv_heads=3, groups=3, batch
     try:
         configs = {f"MagicPIG {method}": choose_config(captured, LSHConfig(method=method, seed=seed), share=share) for method in ("tables", "signature")}
         q, k, v = stretched_layer(captured, context, head_dim, kv_heads, groups, batch, seed)
-        sweeps = Sweeps(q, k, v, configs, budget=int(share * context) + 68)
+        sweeps = Sweeps(q, k, v, configs, budget=int(share * context) + 68, sweep_bytes=sweep_bytes)
         names = [*DENSE, "exact TopK", "Quest pages", *configs]
         comparison = compare({name: lambda name=name: sweeps.sweep(name) for name in names}, baseline="SDPA float32", repeats=repeats, warmup=1)
         bandwidth, exact = read_bandwidth(), packed_sdpa(q.double(), k.double(), v.double(), sweeps.scaling)
