@@ -505,6 +505,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'paperbook/magicpig/speed.py'),
                                           'paperbook.magicpig.speed.build_indexes': ( '02_magicpig/speed.html#build_indexes',
                                                                                       'paperbook/magicpig/speed.py'),
+                                          'paperbook.magicpig.speed.check_sizes': ( '02_magicpig/speed.html#check_sizes',
+                                                                                    'paperbook/magicpig/speed.py'),
                                           'paperbook.magicpig.speed.measure_steps': ( '02_magicpig/speed.html#measure_steps',
                                                                                       'paperbook/magicpig/speed.py'),
                                           'paperbook.magicpig.speed.packed_sdpa': ( '02_magicpig/speed.html#packed_sdpa',

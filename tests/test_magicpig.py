@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from paperbook.magicpig import (
     Signatures,
     SimHash,
     attend_exact,
+    choose_config,
     collision_probability,
     decode_attention,
     dense_attention,
@@ -386,3 +388,43 @@ def test_bench_prints_what_it_measured(monkeypatch, as_json):
         assert all(method in result.stdout for method in methods) and "bytes a key" in result.stdout
     wrong = CliRunner().invoke(app, ["bench", "--context", "2048", "--head-dim", "100"])
     assert wrong.exit_code == 2 and "head_dim=100" in wrong.stderr
+
+
+def _index(dim=16, **setting):
+    config = LSHConfig(min_length=1, **setting)
+    index = KeyIndex(SimHash(dim, config), config, "numba")
+    index.extend(torch.randn(1, 2, 100, dim), torch.tensor([0]), 90)
+    return index
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda q, k: decode_attention(q, k, k, _index(), math.nan), "scaling=nan"),
+    (lambda q, k: decode_attention(q, k, k, _index(), None), "scaling=None"),
+    (lambda q, k: decode_attention(q, k, k, _index(dim=8), 0.2), "head_dim 16"),
+    (lambda q, k: dense_attention(q, k, k[:, :, :50], 0.2), "do not fit"),
+    (lambda q, k: dense_attention(q, k, k.bfloat16(), 0.2), "bfloat16"),
+    (lambda q, k: dense_attention(q, k.half(), k.half(), 0.2), "float16"),
+    (lambda q, k: dense_attention(q, k.transpose(2, 3).contiguous().transpose(2, 3), k, 0.2), "strides"),
+    (lambda q, k: dense_attention(torch.cat([q, q], 2), k, k, 0.2), "one query"),
+    (lambda q, k: KeyIndex(SimHash(16, LSHConfig(method="signature")), LSHConfig(), "numba"), "SimHash"),
+    (lambda q, k: KeyIndex(SimHash(16, LSHConfig()), LSHConfig(), "auto"), "'auto'"),
+    (lambda q, k: _index().extend(k, torch.tensor([0]), 500), "end=500"),
+    (lambda q, k: _index().extend(k[0], torch.tensor([0]), 95), "keys"),
+    (lambda q, k: choose_config({}, share=0.1), "captured"),
+    (lambda q, k: choose_config({0: CapturedAttention(q[0], k[0, :, :60], k[0, :, :60], 0.2)}, share=0.1), "more than"),
+    (lambda q, k: choose_config({0: CapturedAttention(q[0], k[0], k[0], 0.2)}, share="5%"), "share='5%'"),
+    (lambda q, k: LSHConfig(signature_bits=256.0), "signature_bits=256.0"),
+    (lambda q, k: LSHConfig(dense_layers=3.5), "dense_layers=3.5"),
+    (lambda q, k: hamming_probability(0.2, 128, 200), "max_distance=200"),
+])
+def test_wrong_input_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(torch.randn(1, 4, 1, 16), torch.randn(1, 2, 100, 16))
+
+
+@pytest.mark.parametrize("method", ["tables", "signature"])
+@pytest.mark.parametrize("spoiled", ["q", "k", "v"])
+def test_what_is_no_number_stays_visible(method, spoiled):
+    tensors = dict(q=torch.randn(1, 4, 1, 16), k=torch.randn(1, 2, 100, 16), v=torch.randn(1, 2, 100, 16))
+    tensors[spoiled][..., -1, :] = math.nan
+    assert decode_attention(**tensors, index=_index(method=method), scaling=0.2)[0].isnan().any()

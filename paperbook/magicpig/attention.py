@@ -132,7 +132,7 @@ class DecodeMeter:
         """(num_heads,) share of the indexed keys that each head drew."""
         return self.drawn / max(self.indexed, 1)
 
-# %% ../../nbs/02_magicpig/05_attention.ipynb #1f51a7e6
+# %% ../../nbs/02_magicpig/05_attention.ipynb #f55a9b3d
 def _shapes(q, k, v):
     return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
@@ -146,6 +146,8 @@ def check_shapes(q, k, v, index):
     (batch, heads, tokens, dim), (queries, num_heads, _, query_dim), (*value_shape, _) = k.shape, q.shape, v.shape
     if [batch, heads, tokens] != value_shape or queries != batch or query_dim != dim or num_heads % heads:
         raise ValueError(f"{_shapes(q, k, v)} do not fit: k and v share all but head_dim, and num_heads is a multiple of num_key_value_heads")
+    if dim != index.mean.shape[-1]:
+        raise ValueError(f"k {tuple(k.shape)} has head_dim {dim}, the index was built from keys of {index.mean.shape[-1]}")
     if batch != len(index.rows) or heads != index.mean.shape[1] or tokens < index.end:
         raise ValueError(f"k {tuple(k.shape)} does not fit the index of {len(index.rows)} sequences, {index.mean.shape[1]} heads, {index.end} tokens")
 

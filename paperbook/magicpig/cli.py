@@ -104,7 +104,7 @@ class _Streamer:
     def end(self):
         self.then.end()
 
-# %% ../../nbs/02_magicpig/10_cli.ipynb #45771988
+# %% ../../nbs/02_magicpig/10_cli.ipynb #4ff11fb3
 @app.command()
 def bench(
     context: Annotated[int, typer.Option(min=2048, help="Tokens in the cache, a multiple of 16.")] = 98_304,
@@ -120,8 +120,9 @@ def bench(
     """Time one decode step of every method on SmolLM2's keys, stretched to any shape, with the error of each."""
     console = Console(stderr=True, force_jupyter=False)
     try:
-        from paperbook.magicpig.speed import measure_steps, real_keys, speed_table
+        from paperbook.magicpig.speed import check_sizes, measure_steps, real_keys, speed_table
 
+        check_sizes(context=context, head_dim=head_dim, kv_heads=kv_heads, groups=groups, batch=batch, threads=threads, repeats=repeats, share=share)
         with console.status("reading keys off SmolLM2"):
             captured = real_keys()
         console.print("building indexes, then timing; leave the machine alone", highlight=False)

@@ -84,11 +84,14 @@ class CentredKeys:
         """Bytes held beside the keys themselves."""
         return self.tables.nbytes + self.inverse_norm.nbytes + self.mean.nbytes
 
-# %% ../../nbs/02_magicpig/04_index.ipynb #c58cc0f0
+# %% ../../nbs/02_magicpig/04_index.ipynb #bf564a13
 class KeyIndex(CentredKeys):
     """Index over one layer's keys: `hasher` a `SimHash`, `config` an `LSHConfig`, `backend` "numba" or "torch"."""
 
     def __init__(self, hasher, config, backend):
+        own = (16, config.signature_bits // 16) if config.method == "signature" else (config.num_bits, config.num_tables)
+        if (config.method, backend) not in TABLES or (hasher.num_bits, hasher.num_tables) != own:
+            raise ValueError(f"backend={backend!r} must be 'numba' or 'torch', and the hasher one of this config: SimHash(head_dim, config)")
         self.hasher, self.config, self.backend = hasher, config, backend
         self.log_u = log_probability_table(config)
         self.end = self.fitted_end = self.zero_norm_keys = 0
@@ -100,6 +103,9 @@ class KeyIndex(CentredKeys):
         The mean is that of the first call. When the index has doubled since, all is hashed anew around a new mean.
         Raises ValueError when a key is not finite.
         """
+        if keys.ndim != 4 or keys.shape[3] != len(self.hasher.projections) or len(first) != len(keys) or end > keys.shape[2]:
+            raise ValueError(f"keys {tuple(keys.shape)}, first {tuple(first.shape)}, end={end} do not fit: keys are (batch, heads, tokens, "
+                             f"{len(self.hasher.projections)}), first has one number a sequence, and end is at most the tokens")
         if end <= self.end:                      # a crop and a shorter forward: what is indexed stays true
             return
         if self.end == 0 or end >= 2 * self.fitted_end:
@@ -156,7 +162,7 @@ def _bins(captured, config, queries, steps=2048):
         variance.append(torch.zeros(len(place), steps).scatter_add_(1, place, terms))
     return torch.cat(share).double().numpy(), torch.cat(variance).double().numpy(), np.linspace(-1, 1, steps)
 
-# %% ../../nbs/02_magicpig/04_index.ipynb #639bfe86
+# %% ../../nbs/02_magicpig/04_index.ipynb #856d0040
 def choose_config(captured, config=None, *, share=None, error=None, correlation=1.5, queries=4):
     """Settings for a share of keys or an error of the output, from a few real queries.
 
@@ -167,8 +173,11 @@ def choose_config(captured, config=None, *, share=None, error=None, correlation=
     """
     config = LSHConfig() if config is None else config
     target = share if error is None else error
-    if (share is None) == (error is None) or not 0 < target < 1:
+    if (share is None) == (error is None) or not isinstance(target, (int, float)) or not 0 < target < 1:
         raise ValueError(f"share={share!r}, error={error!r}: name one of them, a number between 0 and 1")
+    least = config.sink_tokens + config.local_tokens + queries
+    if not captured or min(c.k.shape[1] for c in captured.values()) <= least or correlation <= 0:
+        raise ValueError(f"captured needs at least one layer of more than {least} tokens, and correlation={correlation} must be positive")
     share_bins, variance_bins, cos = _bins(captured, config, queries)
     field, low, high = ("max_distance", 0, config.signature_bits - 1) if config.method == "signature" else ("num_tables", config.min_collisions, 4096)
 
@@ -180,7 +189,7 @@ def choose_config(captured, config=None, *, share=None, error=None, correlation=
 
     if not enough(high) or (error is None and enough(low)):
         raise ValueError(f"{'share' if error is None else 'error'}={target} is out of reach with {field} in {low}..{high} "
-                         f"({config.method}, num_bits={config.num_bits}): change num_bits, signature_bits or the target")
+                         f"with method={config.method!r}: change {'signature_bits' if config.method == 'signature' else 'num_bits'} or the target")
     while low < high:                      # both measures are monotone: bisect for the first setting that is enough
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)

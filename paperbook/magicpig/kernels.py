@@ -8,8 +8,9 @@ __all__ = ['FAST', 'AHEAD', 'TILE', 'ROW_TYPES', 'pointer', 'prefetch', 'as_floa
            'decode_parts', 'usual_mask', 'use_threads', 'share_out', 'fused_step', 'decode_attention', 'widen_rows',
            'dense_parts', 'dense_attention']
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #d10acf20
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #c7388a43
 import math
+from numbers import Real
 
 import numba
 import numpy as np
@@ -59,14 +60,14 @@ def _widen(x):
         return lambda x: as_float(np.int32(x) << np.int32(16))
     return lambda x: x
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #b5bb886d
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #54111749
 # Sums may be reordered, for vector instructions; infinities keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 @njit(inline="always", fastmath=FAST, cache=True)
 def exp_negative(x):
-    """exp(x) of a float32 x <= 0, to 2e-7 relative; below -87 it is 1.6e-38."""
+    """exp(x) of a float32 x <= 0, to 4e-6 relative (2e-7 near 0); below -87 it is 1.6e-38."""
     x = max(x, np.float32(-87.0)) * np.float32(1.44269504)
     whole = math.floor(x)
     f = np.float32(x - whole)
@@ -111,7 +112,7 @@ def dot_rows(query, keys, key_stride, values, value_stride, like, ids, count, lo
             s += query[i] * widen(a[i])
         logits[j] = s
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #65644780
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #08f6216f
 @njit(fastmath=FAST, cache=True)
 def weigh_drawn(logits, count, ids, inverse_norm, log_u, q_mean, inverse_q, scaling):
     """Turn dot products with drawn keys into logits less log u, in place. inverse_norm: 1/|k - mean| by id; log_u: float32 table."""
@@ -119,26 +120,27 @@ def weigh_drawn(logits, count, ids, inverse_norm, log_u, q_mean, inverse_q, scal
     half, last = np.float32(0.5 * steps), np.float32(steps) - np.float32(0.001)
     for j in range(count):
         place = ((logits[j] - q_mean) * inverse_q * inverse_norm[ids[j]] + np.float32(1)) * half
-        place = min(max(place, np.float32(0)), last)
+        place = min(place, last) if place > 0 else np.float32(0)         # 0 for what is not a number, too
         left = np.int32(place)
         u = log_u[left] + (place - np.float32(left)) * (log_u[left + 1] - log_u[left])
         logits[j] = logits[j] * scaling - u
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #332d542e
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #dc6a7c6f
 @njit(fastmath=FAST, cache=True)
 def add_rows(values, value_stride, like, ids, count, logits, state, average):
     """Take `count` more values into the running softmax average: state = (largest logit, sum of weights), average unnormalised."""
     dim, whole = average.shape[0], count - count % 4
-    top = state[0]
+    top, wrong = state[0], np.float32(0)
     for j in range(count):
         top = max(top, logits[j])
+        wrong += logits[j] - logits[j]              # not a number, if one logit is none: it must not get lost
     if top > state[0]:
         shrink = exp_negative(state[0] - top)
         state[0] = top
         state[1] *= shrink
         for i in range(dim):
             average[i] *= shrink
-    total = np.float32(0)
+    total = wrong
     for j in range(count):
         logits[j] = exp_negative(logits[j] - top)
         total += logits[j]
@@ -192,7 +194,7 @@ def count_collisions(q, projections, num_bits, rows, start, ids, sizes, segment,
                 i = np.int64(bucket[j])
                 count[i] += np.uint8(count[i] < 255)
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #3942bfc2
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #b0f9e5c1
 TILE = 2048
 
 
@@ -219,13 +221,13 @@ def merge_parts(states, averages, output, lse, x):
         top = max(top, states[x, p, 0])
     output[x] = 0
     for p in range(states.shape[1]):
-        if states[x, p, 1] > 0:
+        if states[x, p, 1] != 0:
             weight = exp_negative(states[x, p, 0] - top)
             total += weight * states[x, p, 1]
             output[x] += weight * averages[x, p]
-    if total > 0:
+    if total != 0:
         output[x] /= total
-    lse[x] = top + math.log(total) if total > 0 else -np.inf
+    lse[x] = top + math.log(total) if total != 0 else -np.inf
 
 # %% ../../nbs/02_magicpig/06_kernels.ipynb #3dc99a0d
 @njit(fastmath=FAST, cache=True)
@@ -362,7 +364,7 @@ def fused_step(q, k, v, index, scaling):
                  np.float32(scaling), arrays.projections, arrays.words, arrays.met, arrays.limit, output, lse, counts, chunks)
     return torch.from_numpy(output).view(shape), torch.from_numpy(lse).view(shape[:3]), torch.from_numpy(counts).view(shape[:3])
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #3f6985ac
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #b8d5975e
 def decode_attention(q, k, v, index, scaling, visible=None, meter=None):
     """`lsh_attention`, fused: MagicPIG attention of one or a few new queries over a cache, sampled from `index`.
 
@@ -372,6 +374,8 @@ def decode_attention(q, k, v, index, scaling, visible=None, meter=None):
     Uses as many threads as torch. Returns output like q and lse (batch, num_heads, queries). Raises ValueError as `lsh_attention`.
     """
     check_shapes(q, k, v, index)
+    if not isinstance(scaling, Real) or not math.isfinite(scaling):
+        raise ValueError(f"scaling={scaling!r} must be a finite number, such as head_dim ** -0.5")
     fused = (index.backend == "numba" and k.dtype == v.dtype and k.dtype in ROW_TYPES and k.shape == v.shape
              and k.stride(3) == v.stride(3) == 1 and usual_mask(visible, index, k.shape[2], q.shape[2]))
     if not fused:
@@ -383,7 +387,7 @@ def decode_attention(q, k, v, index, scaling, visible=None, meter=None):
     meter.count(counts, arrays.indexed, len(q) * k.shape[2] - arrays.padded)
     return output.to(q.dtype), lse
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #58074fa5
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #31e73ada
 @njit(fastmath=FAST, cache=True)
 def widen_rows(rows, stride, like, count, tile):
     """Copy `count` rows at an int64 address to the float32 tile (count, dim)."""
@@ -419,6 +423,13 @@ def dense_parts(q, cache, like, tokens, scaling, output, lse, chunks):
 
 def dense_attention(q, k, v, scaling):
     """Exact attention of one new query a head, q (batch, num_heads, 1, head_dim), over k, v as `decode_attention` takes them. (output, lse)."""
+    if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[2] == 1 and q.shape[3] == k.shape[3] and len(q) == len(k)
+            and q.shape[1] % k.shape[1] == 0 and k.shape[2] > 0):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: one query a head, k and v alike, and num_heads "
+                         "a multiple of num_key_value_heads")
+    if k.dtype != v.dtype or k.dtype not in ROW_TYPES or k.device.type != "cpu" or k.stride(3) != 1 or v.stride(3) != 1:
+        raise ValueError(f"k is {k.dtype} and v {v.dtype} on {k.device}, strides {k.stride()} and {v.stride()}: both must be float32 or both bfloat16, "
+                         "on the CPU, contiguous along head_dim. Use torch's scaled_dot_product_attention for others.")
     batch, num_heads, _, dim = q.shape
     flat = q.detach().float().reshape(batch * k.shape[1], -1, dim).contiguous().numpy()
     threads = use_threads()

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-# %% ../../nbs/02_magicpig/03_signature.ipynb #cd1a9847
+# %% ../../nbs/02_magicpig/03_signature.ipynb #bec8ad64
 def hamming_probability(cos, bits, max_distance):
     """Probability that signatures of `bits` signs differ in at most `max_distance` places, @eq-magicpig-signature.
 
@@ -24,6 +24,8 @@ def hamming_probability(cos, bits, max_distance):
     >>> print(f"{hamming_probability(0.5, bits=256, max_distance=102):.4f}")
     0.9878
     """
+    if not 0 <= max_distance <= bits:
+        raise ValueError(f"max_distance={max_distance} must lie in 0..bits={bits}")
     differ = np.arccos(np.clip(np.asarray(cos, np.float64), -1, 1)) / np.pi
     with np.errstate(divide="ignore"):
         log_differ, log_same = np.log(differ), np.log1p(-differ)

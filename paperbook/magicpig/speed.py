@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SWEEP_BYTES', 'DENSE', 'stretched_layer', 'packed_sdpa', 'topk_step', 'page_bounds', 'quest_step', 'read_bandwidth',
-           'build_indexes', 'Sweeps', 'measure_steps', 'speed_table', 'real_keys']
+           'build_indexes', 'Sweeps', 'check_sizes', 'measure_steps', 'speed_table', 'real_keys']
 
 # %% ../../nbs/02_magicpig/09_speed.ipynb #a8d84690
 import math
@@ -153,7 +153,17 @@ class Sweeps:
             assert torch.equal(meter.drawn, self.expected.setdefault(name, meter.drawn)) and meter.drawn.sum() > 0, name
             self.expected[name, "share"] = float(meter.share.mean())
 
-# %% ../../nbs/02_magicpig/09_speed.ipynb #497cf1da
+# %% ../../nbs/02_magicpig/09_speed.ipynb #e13d0126
+def check_sizes(own_dim=64, *, share, **sizes):
+    """Raise ValueError naming the first size `measure_steps` cannot serve. own_dim: head_dim of the captured keys."""
+    for name, value in sizes.items():
+        low, step = {"context": (256, 16), "head_dim": (own_dim, own_dim)}.get(name, (1, 1))
+        if value is not None and (value < low or value % step):
+            raise ValueError(f"{name}={value} must be at least {low}" + (f" and a multiple of {step}" if step > 1 else ""))
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} must lie between 0 and 1")
+
+
 DENSE = ("SDPA float32", "SDPA bfloat16", "dense bfloat16, ours")
 
 
@@ -164,11 +174,8 @@ def measure_steps(captured, *, context, head_dim=64, kv_heads=3, groups=3, batch
     captured: dict from layer to `CapturedAttention`. share: of the indexed keys, for the sampled methods; the others get as many.
     threads: torch's and numba's, the current number if None. sweep_bytes: of the copies a sweep goes over. Raises ValueError naming a size it cannot serve. rows: one dict a method; facts: floor, bandwidth, index bytes and build time.
     """
-    own = next(iter(captured.values())).k.shape[2]
-    for name, value, low, step in (("context", context, 256, 16), ("head_dim", head_dim, own, own), ("kv_heads", kv_heads, 1, 1), ("groups", groups, 1, 1),
-                                   ("batch", batch, 1, 1), ("repeats", repeats, 1, 1)) + ((("threads", threads, 1, 1),) if threads is not None else ()):
-        if value < low or value % step:
-            raise ValueError(f"{name}={value} must be a multiple of {step}, at least {low}")
+    check_sizes(next(iter(captured.values())).k.shape[2], context=context, head_dim=head_dim, kv_heads=kv_heads, groups=groups, batch=batch,
+                threads=threads, repeats=repeats, share=share)
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else threads)
     try:
@@ -198,10 +205,10 @@ def measure_steps(captured, *, context, head_dim=64, kv_heads=3, groups=3, batch
         facts[f"{name}: bytes a key"] = indexes[0].tables.nbytes / (batch * kv_heads * context)
     return rows, facts
 
-# %% ../../nbs/02_magicpig/09_speed.ipynb #7e34fcd3
+# %% ../../nbs/02_magicpig/09_speed.ipynb #3ea74912
 def speed_table(rows, facts):
     """Rows of `measure_steps` for a reader: strings, one dict a method."""
-    return [{"method": r["method"], "ms a step": f"{r['ms']:.3g}", "over the best dense": f"{r['over_best_dense']:.2f} ({r['over_p20']:.2f} to {r['over_p80']:.2f})",
+    return [{"method": r["method"], "ms a step": f"{r['ms']:.3g} ({r['ms_p20']:.3g} to {r['ms_p80']:.3g})", "over the best dense": f"{r['over_best_dense']:.2f} ({r['over_p20']:.2f} to {r['over_p80']:.2f})",
              "of the dense floor": f"{r['of_floor']:.2f}", "keys drawn": "" if r["share"] is None else f"{r['share']:.1%}",
              "error": f"{r['error']:.3f}" if r["error"] > 5e-4 else f"{r['error']:.0e}"} for r in rows]
 

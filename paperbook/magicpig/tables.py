@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['INTEGERS', 'CHOICES', 'LSHConfig', 'SimHash', 'HashTables', 'ComparedCodes']
 
-# %% ../../nbs/02_magicpig/02_tables.ipynb #a0a2320d
+# %% ../../nbs/02_magicpig/02_tables.ipynb #0f13d902
 import operator
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -24,14 +25,14 @@ def _integer(name, value, low, high):
         raise ValueError(f"{name}={value!r} must be an integer {f'in {low}..{high}' if high else f'of at least {low}'}")
     return whole
 
-# %% ../../nbs/02_magicpig/02_tables.ipynb #07b43bac
+# %% ../../nbs/02_magicpig/02_tables.ipynb #18a66caf
 def _one_of(name, value, choices):
-    if value not in choices:
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
 INTEGERS = {"num_bits": (1, 16), "min_collisions": (1, 8), "num_tables": (1, 4096), "max_distance": (0, None), "sink_tokens": (0, None),
-            "local_tokens": (1, None), "min_length": (1, None), "seed": (0, None)}
+            "local_tokens": (1, None), "min_length": (1, None), "seed": (0, 2**63 - 1)}
 CHOICES = {"method": ("tables", "signature"), "signature_bits": tuple(range(128, 1025, 128)), "backend": ("auto", "numba", "torch"),
            "kv_dtype": (None, torch.float32, torch.bfloat16)}
 
@@ -47,14 +48,14 @@ def _check(config):
     _integer("max_distance", config.max_distance, 0, config.signature_bits - 1)
     if config.num_tables < config.min_collisions:
         raise ValueError(f"num_tables={config.num_tables} must be at least min_collisions={config.min_collisions}")
-    if not isinstance(config.weight_floor, (int, float)) or not 0 <= config.weight_floor < 1:
+    if not isinstance(config.weight_floor, Real) or not 0 <= config.weight_floor < 1:
         raise ValueError(f"weight_floor={config.weight_floor!r} must be a number in [0, 1)")
     if config.dense_layers is not None:
-        if isinstance(config.dense_layers, (int, str)):
+        if not isinstance(config.dense_layers, (tuple, list, range, set)):
             raise ValueError(f"dense_layers={config.dense_layers!r} must be a tuple of layer indices, such as (0, 16)")
         object.__setattr__(config, "dense_layers", tuple(_integer("dense_layers", i, 0, None) for i in config.dense_layers))
 
-# %% ../../nbs/02_magicpig/02_tables.ipynb #19eccbbd
+# %% ../../nbs/02_magicpig/02_tables.ipynb #f8734969
 @dataclass(frozen=True)
 class LSHConfig:
     """Settings of MagicPIG.
@@ -62,7 +63,7 @@ class LSHConfig:
     method: "tables", the paper's index, or "signature", ours (notebook 3): 16 to 64 bytes a key, and generated tokens are indexed too.
     num_bits: sign bits a table, K, 1..16. num_tables: tables, L. min_collisions: tables a key must meet the query in.
     signature_bits: sign bits a key in a signature, b, a multiple of 128. max_distance: of its signature to the query's, for a key
-    to be drawn, 0..b-1; None means three eighths of the bits, at which some 6 % of SmolLM2's keys are drawn at 8,192 tokens and fewer before.
+    to be drawn, 0..b-1; None means three eighths of the bits, at which some 3 % of SmolLM2's keys are drawn at 8,192 tokens and fewer before.
     sink_tokens, local_tokens: first and last prompt tokens that are always attended exactly.
     dense_layers: indices of layers that stay exact; None means every sixteenth, as the paper.
     min_length: fewest keys worth an index, beside sink and local tokens; shorter prompts stay exact, as `stats` shows.
