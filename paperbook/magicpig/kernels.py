@@ -112,7 +112,7 @@ def dot_rows(query, keys, key_stride, values, value_stride, like, ids, count, lo
             s += query[i] * widen(a[i])
         logits[j] = s
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #08f6216f
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #5b1f03d1
 @njit(fastmath=FAST, cache=True)
 def weigh_drawn(logits, count, ids, inverse_norm, log_u, q_mean, inverse_q, scaling):
     """Turn dot products with drawn keys into logits less log u, in place. inverse_norm: 1/|k - mean| by id; log_u: float32 table."""
@@ -120,8 +120,8 @@ def weigh_drawn(logits, count, ids, inverse_norm, log_u, q_mean, inverse_q, scal
     half, last = np.float32(0.5 * steps), np.float32(steps) - np.float32(0.001)
     for j in range(count):
         place = ((logits[j] - q_mean) * inverse_q * inverse_norm[ids[j]] + np.float32(1)) * half
-        place = min(place, last) if place > 0 else np.float32(0)         # 0 for what is not a number, too
-        left = np.int32(place)
+        place = min(max(place, np.float32(0)), last)
+        left = min(max(np.int32(place), 0), steps - 1)                  # in the table even for what is not a number
         u = log_u[left] + (place - np.float32(left)) * (log_u[left + 1] - log_u[left])
         logits[j] = logits[j] * scaling - u
 
