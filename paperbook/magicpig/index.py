@@ -84,7 +84,7 @@ class CentredKeys:
         """Bytes held beside the keys themselves."""
         return self.tables.nbytes + self.inverse_norm.nbytes + self.mean.nbytes
 
-# %% ../../nbs/02_magicpig/04_index.ipynb #bf564a13
+# %% ../../nbs/02_magicpig/04_index.ipynb #5ec6439a
 class KeyIndex(CentredKeys):
     """Index over one layer's keys: `hasher` a `SimHash`, `config` an `LSHConfig`, `backend` "numba" or "torch"."""
 
@@ -95,7 +95,7 @@ class KeyIndex(CentredKeys):
         self.hasher, self.config, self.backend = hasher, config, backend
         self.log_u = log_probability_table(config)
         self.end = self.fitted_end = self.zero_norm_keys = 0
-        self.arrays = None                       # kernels keep what they make of the index here, until it changes
+        self.arrays = None                       # what kernels make of the index, until it changes
 
     def extend(self, keys, first, end):
         """Index keys (batch, num_key_value_heads, num_tokens, head_dim) up to `end`, sequence b from position first[b].
@@ -106,8 +106,7 @@ class KeyIndex(CentredKeys):
         if keys.ndim != 4 or keys.shape[3] != len(self.hasher.projections) or len(first) != len(keys) or end > keys.shape[2]:
             raise ValueError(f"keys {tuple(keys.shape)}, first {tuple(first.shape)}, end={end} do not fit: keys are (batch, heads, tokens, "
                              f"{len(self.hasher.projections)}), first has one number a sequence, and end is at most the tokens")
-        if end <= self.end:                      # a crop and a shorter forward: what is indexed stays true
-            return
+        if end <= self.end: return               # a crop and a shorter forward: what is indexed stays true
         if self.end == 0 or end >= 2 * self.fitted_end:
             self.zero_norm_keys = 0
             self.first, self.rows, self.fitted_end, self.end = first.cpu(), torch.arange(len(keys)), end, 0

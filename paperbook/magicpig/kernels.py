@@ -387,7 +387,7 @@ def decode_attention(q, k, v, index, scaling, visible=None, meter=None):
     meter.count(counts, arrays.indexed, len(q) * k.shape[2] - arrays.padded)
     return output.to(q.dtype), lse
 
-# %% ../../nbs/02_magicpig/06_kernels.ipynb #31e73ada
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #1f0ab6e8
 @njit(fastmath=FAST, cache=True)
 def widen_rows(rows, stride, like, count, tile):
     """Copy `count` rows at an int64 address to the float32 tile (count, dim)."""
@@ -396,7 +396,7 @@ def widen_rows(rows, stride, like, count, tile):
         for j in range(wide.shape[0]):
             wide[j] = widen(row[j])
 
-
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #76de0752
 @njit(parallel=True, fastmath=FAST, cache=True)
 def dense_parts(q, cache, like, tokens, scaling, output, lse, chunks):
     """Exact attention of q (heads, queries, head_dim) over `tokens` keys a head, in tiles of 256 rows widened once for all queries."""
@@ -420,7 +420,7 @@ def dense_parts(q, cache, like, tokens, scaling, output, lse, chunks):
     for x in range(heads * queries):
         merge_parts(states, averages, output, lse, x)
 
-
+# %% ../../nbs/02_magicpig/06_kernels.ipynb #59a31049
 def dense_attention(q, k, v, scaling):
     """Exact attention of one new query a head, q (batch, num_heads, 1, head_dim), over k, v as `decode_attention` takes them. (output, lse)."""
     if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[2] == 1 and q.shape[3] == k.shape[3] and len(q) == len(k)

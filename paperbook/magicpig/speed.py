@@ -153,7 +153,7 @@ class Sweeps:
             assert torch.equal(meter.drawn, self.expected.setdefault(name, meter.drawn)) and meter.drawn.sum() > 0, name
             self.expected[name, "share"] = float(meter.share.mean())
 
-# %% ../../nbs/02_magicpig/09_speed.ipynb #e13d0126
+# %% ../../nbs/02_magicpig/09_speed.ipynb #e3bc020b
 def check_sizes(own_dim=64, *, share, **sizes):
     """Raise ValueError naming the first size `measure_steps` cannot serve. own_dim: head_dim of the captured keys."""
     for name, value in sizes.items():
@@ -163,7 +163,7 @@ def check_sizes(own_dim=64, *, share, **sizes):
     if not 0 < share < 1:
         raise ValueError(f"share={share} must lie between 0 and 1")
 
-
+# %% ../../nbs/02_magicpig/09_speed.ipynb #bdda873e
 DENSE = ("SDPA float32", "SDPA bfloat16", "dense bfloat16, ours")
 
 
