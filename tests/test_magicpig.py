@@ -292,10 +292,13 @@ def test_fused_step_is_the_plain_one_in_float64(seed, shape, method, dtype, padd
     index = KeyIndex(SimHash(dim, config), config, "numba")
     index.extend(k, first, tokens - 8)
     output, lse = decode_attention(q, k, v, index, dim**-0.5, visible)
-    # The plain form draws with the same index: codes of float32 and float64 queries may differ where a projection is nearly zero.
-    plain, plain_lse = lsh_attention(q, k.float(), v.float(), index, dim**-0.5, visible)
+    # The reference draws from the same index but computes in float64; a query's codes may differ where a projection is nearly zero.
+    wide = copy.deepcopy(index)
+    wide.mean, wide.inverse_norm = index.mean.double(), index.inverse_norm.double()
+    plain, plain_lse = lsh_attention(q.double(), k.double(), v.double(), wide, dim**-0.5, visible)
+    assert plain.dtype == torch.float64
     gap = (output - plain).norm(dim=-1) / plain.norm(dim=-1)
-    assert (gap < 1e-4).float().mean() > 0.9 and gap.median() < 1e-5, gap
+    assert (gap < 1e-4).double().mean() > 0.9 and gap.median() < 1e-5, gap
     assert (lse - plain_lse).abs().median() < 1e-4
 
 

@@ -134,7 +134,7 @@ def bench(
         print(json.dumps(dict(facts=facts, rows=rows), indent=1))
         return
     table = Table(title=f"{context:,} tokens, head_dim {head_dim}, {kv_heads} x {groups} heads, batch {batch}, {facts['threads']} threads")
-    lines = speed_table(rows, facts)
+    lines = speed_table(rows)
     for name in lines[0]:
         table.add_column(name, justify="left" if name == "method" else "right")
     for line in lines:

@@ -172,7 +172,8 @@ def measure_steps(captured, *, context, head_dim=64, kv_heads=3, groups=3, batch
     """Time a decode step of every method on one layer's keys stretched to `context`, with its error. Returns (rows, facts).
 
     captured: dict from layer to `CapturedAttention`. share: of the indexed keys, for the sampled methods; the others get as many.
-    threads: torch's and numba's, the current number if None. sweep_bytes: of the copies a sweep goes over. Raises ValueError naming a size it cannot serve. rows: one dict a method; facts: floor, bandwidth, index bytes and build time.
+    threads: torch's and numba's, the current number if None. sweep_bytes: of the copies a sweep goes over.
+    rows: one dict a method; facts: floor, bandwidth, index bytes and build time. Raises ValueError naming a size it cannot serve.
     """
     check_sizes(next(iter(captured.values())).k.shape[2], context=context, head_dim=head_dim, kv_heads=kv_heads, groups=groups, batch=batch,
                 threads=threads, repeats=repeats, share=share)
@@ -206,7 +207,7 @@ def measure_steps(captured, *, context, head_dim=64, kv_heads=3, groups=3, batch
     return rows, facts
 
 # %% ../../nbs/02_magicpig/09_speed.ipynb #3ea74912
-def speed_table(rows, facts):
+def speed_table(rows):
     """Rows of `measure_steps` for a reader: strings, one dict a method."""
     return [{"method": r["method"], "ms a step": f"{r['ms']:.3g} ({r['ms_p20']:.3g} to {r['ms_p80']:.3g})", "over the best dense": f"{r['over_best_dense']:.2f} ({r['over_p20']:.2f} to {r['over_p80']:.2f})",
              "of the dense floor": f"{r['of_floor']:.2f}", "keys drawn": "" if r["share"] is None else f"{r['share']:.1%}",

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.bench import compare
 from ..core.kernels import choose_backend, relative_error
 from ..core.records import record
+from .signature import hamming_probability
 
 # %% ../../nbs/02_magicpig/07_triton.ipynb #02cde5fb
 def signature_log_u(num_bits, max_distance, weight_floor=1e-4, steps=4096, device="cpu"):
@@ -30,15 +31,8 @@ def signature_log_u(num_bits, max_distance, weight_floor=1e-4, steps=4096, devic
 
     num_bits: bits a signature, b. max_distance: bits that may differ, t, in 0..num_bits. Returns float32 (steps + 1,).
     """
-    if not 0 <= max_distance <= num_bits:
-        raise ValueError(f"max_distance={max_distance} must lie in 0..num_bits={num_bits}. About 0.45 * num_bits draws a few per cent.")
-    differs = np.clip(np.arccos(np.linspace(-1, 1, steps + 1)) / np.pi, 1e-300, 1 - 1e-16)
-    j = np.arange(max_distance + 1)[:, None]
-    log_choose = np.array([math.lgamma(num_bits + 1) - math.lgamma(i + 1) - math.lgamma(num_bits - i + 1) for i in j[:, 0]])[:, None]
-    log_u = np.logaddexp.reduce(log_choose + j * np.log(differs) + (num_bits - j) * np.log1p(-differs), axis=0)
-    with np.errstate(divide="ignore"):
-        log_u = np.logaddexp(log_u, np.log(weight_floor))
-    return torch.from_numpy(np.maximum(log_u, np.log(np.finfo(np.float64).tiny))).float().to(device)
+    u = hamming_probability(np.linspace(-1, 1, steps + 1), num_bits, max_distance)
+    return torch.from_numpy(np.log(np.maximum(u + weight_floor, np.finfo(np.float64).tiny))).float().to(device)
 
 # %% ../../nbs/02_magicpig/07_triton.ipynb #286dcf87
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
