@@ -35,7 +35,9 @@ from paperbook.magicpig import (
     register,
     speed,
 )
+from paperbook.magicpig.attention import DecodeMeter
 from paperbook.magicpig.cli import app
+from paperbook.magicpig.index import draw_keys
 from paperbook.magicpig.speed import measure_steps
 
 EVERYTHING = LSHConfig(num_bits=1, num_tables=512, min_length=16, local_tokens=8, dense_layers=())
@@ -148,7 +150,7 @@ def test_keys_that_are_not_finite_are_refused():
     k = torch.randn(1, 1, 200, 8)
     k[0, 0, 150] = float("inf")
     with pytest.raises(ValueError, match="NaN or infinity"):
-        KeyIndex(SimHash(8, config), config, "numba").extend(k, torch.tensor([0]), 200)
+        KeyIndex(SimHash(8, config), config, "numba").extend(k, torch.tensor([4]), 200)
 
 
 def test_saved_cache_decodes_the_same_tokens(tiny):
@@ -263,7 +265,7 @@ def test_tensors_that_do_not_fit_are_named(change, words):
     config = LSHConfig(min_length=1)
     k = torch.randn(1, 2, 100, 16)
     index = KeyIndex(SimHash(16, config), config, "numba")
-    index.extend(k, torch.tensor([0]), 90)
+    index.extend(k, torch.tensor([4]), 90)
     for attention in (lsh_attention, decode_attention):
         with pytest.raises(ValueError, match=words):
             attention(**(dict(q=torch.randn(1, 4, 1, 16), k=k, v=k, index=index, scaling=0.25) | change))
@@ -291,14 +293,17 @@ def test_fused_step_is_the_plain_one_in_float64(seed, shape, method, dtype, padd
     visible = ((position >= (first - sink)[:, None, None]) & (position <= torch.arange(tokens - num_new, tokens)[:, None]))[:, None]
     index = KeyIndex(SimHash(dim, config), config, "numba")
     index.extend(k, first, tokens - 8)
-    output, lse = decode_attention(q, k, v, index, dim**-0.5, visible)
+    meter = DecodeMeter()
+    output, lse = decode_attention(q, k, v, index, dim**-0.5, visible, meter)
+    drawn = int(draw_keys(index, q)[1].sum())
+    assert abs(int(meter.drawn.sum()) - drawn) <= 0.05 * drawn + 3
     # The reference draws from the same index but computes in float64; a query's codes may differ where a projection is nearly zero.
     wide = copy.deepcopy(index)
     wide.mean, wide.inverse_norm = index.mean.double(), index.inverse_norm.double()
     plain, plain_lse = lsh_attention(q.double(), k.double(), v.double(), wide, dim**-0.5, visible)
     assert plain.dtype == torch.float64
-    gap = (output - plain).norm(dim=-1) / plain.norm(dim=-1)
-    assert (gap < 1e-4).double().mean() > 0.9 and gap.median() < 1e-5, gap
+    gap = (output - plain).norm(dim=-1) / (plain.norm(dim=-1) + 0.1 * dim**0.5)
+    assert (gap < 1e-4).double().mean() > 0.8 and gap.median() < 1e-5, gap
     assert (lse - plain_lse).abs().median() < 1e-4
 
 
@@ -345,7 +350,7 @@ def test_a_copy_of_an_index_holds_no_address_of_the_original():
     config = LSHConfig(min_length=1, num_bits=3, num_tables=8)
     k, v, q = torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16), torch.randn(1, 4, 1, 16)
     index = KeyIndex(SimHash(16, config), config, "numba")
-    index.extend(k, torch.tensor([0]), 250)
+    index.extend(k, torch.tensor([4]), 250)
     want = decode_attention(q, k, v, index, 0.25)[0]
     twin = copy.deepcopy(index)
     assert index.arrays is not None and twin.arrays is None
@@ -393,10 +398,16 @@ def test_bench_prints_what_it_measured(monkeypatch, as_json):
     assert wrong.exit_code == 2 and "head_dim=100" in wrong.stderr
 
 
+@pytest.mark.parametrize("method, option", [("signature", "--num-bits"), ("signature", "--num-tables"), ("tables", "--max-distance")])
+def test_an_option_of_the_other_index_is_refused(method, option):
+    wrong = CliRunner().invoke(app, ["generate", "--prompt-file", __file__, "--method", method, option, "9"])
+    assert wrong.exit_code == 2 and option in wrong.stderr and "Leave it out" in wrong.stderr
+
+
 def _index(dim=16, **setting):
     config = LSHConfig(min_length=1, **setting)
     index = KeyIndex(SimHash(dim, config), config, "numba")
-    index.extend(torch.randn(1, 2, 100, dim), torch.tensor([0]), 90)
+    index.extend(torch.randn(1, 2, 100, dim), torch.tensor([4]), 90)
     return index
 
 
@@ -411,8 +422,9 @@ def _index(dim=16, **setting):
     (lambda q, k: dense_attention(torch.cat([q, q], 2), k, k, 0.2), "one query"),
     (lambda q, k: KeyIndex(SimHash(16, LSHConfig(method="signature")), LSHConfig(), "numba"), "SimHash"),
     (lambda q, k: KeyIndex(SimHash(16, LSHConfig()), LSHConfig(), "auto"), "'auto'"),
-    (lambda q, k: _index().extend(k, torch.tensor([0]), 500), "end=500"),
-    (lambda q, k: _index().extend(k[0], torch.tensor([0]), 95), "keys"),
+    (lambda q, k: _index().extend(k, torch.tensor([4]), 500), "end=500"),
+    (lambda q, k: _index().extend(k[0], torch.tensor([4]), 95), "keys"),
+    (lambda q, k: _index().extend(k, torch.tensor([0]), 95), "sink_tokens=4"),
     (lambda q, k: choose_config({}, share=0.1), "captured"),
     (lambda q, k: choose_config({0: CapturedAttention(q[0], k[0, :, :60], k[0, :, :60], 0.2)}, share=0.1), "more than"),
     (lambda q, k: choose_config({0: CapturedAttention(q[0], k[0], k[0], 0.2)}, share="5%"), "share='5%'"),

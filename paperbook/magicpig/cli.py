@@ -46,15 +46,19 @@ def generate(
     dense: Annotated[bool, typer.Option("--dense", help="Exact attention instead, for comparison.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Afterwards, say how often exact attention would have chosen the same token.")] = False,
     method: Annotated[str, typer.Option(help="tables (the paper's) or signature.")] = "tables",
-    num_bits: Annotated[int, typer.Option(help="Sign bits a hash table (K). More: fewer keys are drawn.")] = 10,
-    num_tables: Annotated[int, typer.Option(help="Hash tables (L). More: more keys are drawn.")] = 150,
-    max_distance: Annotated[int, typer.Option(help="Of 256 signature bits, how many may differ. More: more keys are drawn.")] = 96,
+    num_bits: Annotated[int | None, typer.Option(help="Sign bits a hash table (K), 10. More: fewer keys are drawn.")] = None,
+    num_tables: Annotated[int | None, typer.Option(help="Hash tables (L), 150. More: more keys are drawn.")] = None,
+    max_distance: Annotated[int | None, typer.Option(help="Of 256 signature bits, how many may differ, 96. More: more keys are drawn.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random projections.")] = 0,
 ):
     """Continue a long document, and say how fast it went and which share of the keys was read."""
     text = read_prompt(prompt_file)
+    settings = dict(num_bits=num_bits, num_tables=num_tables, max_distance=max_distance)
+    for name, value in settings.items():
+        if value is not None and (method == "signature") != (name == "max_distance"):
+            raise typer.BadParameter(f"{value} has no meaning with --method {method}. Leave it out.", param_hint="--" + name.replace("_", "-"))
     try:
-        config = LSHConfig(method=method, num_bits=num_bits, num_tables=num_tables, max_distance=max_distance, seed=seed)
+        config = LSHConfig(method=method, seed=seed, **{name: value for name, value in settings.items() if value is not None})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():

@@ -100,12 +100,15 @@ class KeyIndex(CentredKeys):
     def extend(self, keys, first, end):
         """Index keys (batch, num_key_value_heads, num_tokens, head_dim) up to `end`, sequence b from position first[b].
 
+        first: (batch,) int64, padding plus sink tokens of each sequence; the sink tokens in front of it are attended exactly.
         The mean is that of the first call. When the index has doubled since, all is hashed anew around a new mean.
-        Raises ValueError when a key is not finite.
+        Raises ValueError when a key is not finite, or an argument does not fit.
         """
         if keys.ndim != 4 or keys.shape[3] != len(self.hasher.projections) or len(first) != len(keys) or end > keys.shape[2]:
             raise ValueError(f"keys {tuple(keys.shape)}, first {tuple(first.shape)}, end={end} do not fit: keys are (batch, heads, tokens, "
                              f"{len(self.hasher.projections)}), first has one number a sequence, and end is at most the tokens")
+        if first.min() < self.config.sink_tokens:
+            raise ValueError(f"first={first.tolist()} must be at least sink_tokens={self.config.sink_tokens}: it is the padding plus the sink tokens")
         if end <= self.end: return               # a crop and a shorter forward: what is indexed stays true
         if self.end == 0 or end >= 2 * self.fitted_end:
             self.zero_norm_keys = 0
