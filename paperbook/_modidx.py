@@ -374,6 +374,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'paperbook/magicpig/generate.py')},
             'paperbook.magicpig.index': { 'paperbook.magicpig.index.CentredKeys': ( '02_magicpig/index.html#centredkeys',
                                                                                     'paperbook/magicpig/index.py'),
+                                          'paperbook.magicpig.index.CentredKeys.check_fit': ( '02_magicpig/index.html#centredkeys.check_fit',
+                                                                                              'paperbook/magicpig/index.py'),
                                           'paperbook.magicpig.index.CentredKeys.describe': ( '02_magicpig/index.html#centredkeys.describe',
                                                                                              'paperbook/magicpig/index.py'),
                                           'paperbook.magicpig.index.CentredKeys.nbytes': ( '02_magicpig/index.html#centredkeys.nbytes',

@@ -66,6 +66,14 @@ TABLES = {("tables", "numba"): HashTables, ("tables", "torch"): ComparedCodes,
 class CentredKeys:
     """What an index keeps of keys: their mean, and from it codes and lengths. `hasher`: a `SimHash`; `config`: an `LSHConfig`."""
 
+    def check_fit(self, keys, first, end):
+        """Raise ValueError when keys, first and end, as `KeyIndex.extend` takes them, do not fit the hasher or one another."""
+        if keys.ndim != 4 or keys.shape[3] != len(self.hasher.projections) or len(first) != len(keys) or end > keys.shape[2]:
+            raise ValueError(f"keys {tuple(keys.shape)}, first {tuple(first.shape)}, end={end} do not fit: keys are (batch, heads, tokens, "
+                             f"{len(self.hasher.projections)}), first has one number a sequence, and end is at most the tokens")
+        if first.min() < self.config.sink_tokens:
+            raise ValueError(f"first={first.tolist()} must be at least sink_tokens={self.config.sink_tokens}: it is the padding plus the sink tokens")
+
     def describe(self, new, counted):
         """Codes (batch, heads, n, num_tables) and 1/length (batch, heads, n) of keys less the mean; a key equal to the mean gets 0.
 
@@ -104,11 +112,7 @@ class KeyIndex(CentredKeys):
         The mean is that of the first call. When the index has doubled since, all is hashed anew around a new mean.
         Raises ValueError when a key is not finite, or an argument does not fit.
         """
-        if keys.ndim != 4 or keys.shape[3] != len(self.hasher.projections) or len(first) != len(keys) or end > keys.shape[2]:
-            raise ValueError(f"keys {tuple(keys.shape)}, first {tuple(first.shape)}, end={end} do not fit: keys are (batch, heads, tokens, "
-                             f"{len(self.hasher.projections)}), first has one number a sequence, and end is at most the tokens")
-        if first.min() < self.config.sink_tokens:
-            raise ValueError(f"first={first.tolist()} must be at least sink_tokens={self.config.sink_tokens}: it is the padding plus the sink tokens")
+        self.check_fit(keys, first, end)
         if end <= self.end: return               # a crop and a shorter forward: what is indexed stays true
         if self.end == 0 or end >= 2 * self.fitted_end:
             self.zero_norm_keys = 0
