@@ -90,7 +90,59 @@ class MagicPIG:
         ]
 
 
-CHAPTERS = {"magicpig": MagicPIG()}
+class CoGO:
+    """A quadratic network on a small group, and the training that changes it."""
+
+    def config(self, **changes):
+        from paperbook.cogo import TrainConfig
+
+        return TrainConfig(**dict(orders=(2, 3), hidden=8, epochs=20) | changes)
+
+    def build(self, attn_implementation=None):
+        from paperbook.cogo import QuadraticNet
+
+        torch.manual_seed(0)
+        return QuadraticNet((2, 3), 8)
+
+    def tokens(self):
+        return torch.cartesian_prod(torch.arange(6), torch.arange(6))
+
+    @torch.no_grad()
+    def run(self, model, seed=0):
+        """The model's outputs, beside those of a short training."""
+        from paperbook.cogo import train
+
+        return torch.cat([model(self.tokens()), train(self.config(seed=seed), progress=False).net(self.tokens())])
+
+    def gradients(self, model):
+        model(self.tokens()).square().mean().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    def save_and_load(self, model, folder):
+        from paperbook.cogo import load_net, save_net
+
+        save_net(model, folder / "net.safetensors")
+        return load_net(folder / "net.safetensors")
+
+    def apply_and_undo(self, model):
+        """Reading a network must not change it."""
+        from paperbook.cogo import Solution, factorize
+
+        Solution.from_module(model).to_module()
+        factorize(model)
+
+    def wrong_input(self):
+        from paperbook.cogo import AbelianGroup, f46, factorize
+
+        return [
+            (lambda: self.config(orders=1), ValueError, ["orders", "1"]),
+            (lambda: self.config(dtype=torch.float16), ValueError, ["dtype", "half precision"]),
+            (lambda: f46(AbelianGroup(7), order6=()), ValueError, ["order6", "order-6"]),
+            (lambda: factorize(self.build().half()), ValueError, ["float16", "net.float()"]),
+        ]
+
+
+CHAPTERS = {"magicpig": MagicPIG(), "cogo": CoGO()}
 OWN = {"core", "reference"}  # the house itself makes no such promise
 
 chapters = pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=CHAPTERS)

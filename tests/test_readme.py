@@ -15,10 +15,14 @@ def run(script, folder, environment):
 
 
 @pytest.fixture
-def script(root):
-    blocks = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 1, "the README shows one way to import the package"
-    return blocks[0]
+def scripts(root):
+    return re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def script(scripts):
+    assert len(scripts) == 2, "the README shows one way to import each chapter"
+    return scripts[0]
 
 
 def check(printed):
@@ -54,3 +58,11 @@ def test_on_a_random_qwen3(script, smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("PAPERBOOK_ASSETS", str(tmp_path))
     assert find("SmolLM2-135M-Instruct") == folder
     check(run(script, tmp_path, dict(os.environ)))
+
+
+def test_cogo(scripts, tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    loss, *lines = run(scripts[1], tmp_path, dict(os.environ)).splitlines()
+    assert float(loss) < 1e-25 and len(lines) == 11 and all(line.split()[1] in ("4", "6") for line in lines)
