@@ -142,7 +142,74 @@ class CoGO:
         ]
 
 
-CHAPTERS = {"magicpig": MagicPIG(), "cogo": CoGO()}
+class QGaLore:
+    """A small random Llama with 8-bit weights, and five steps of its optimizer."""
+
+    def config(self, **changes):
+        from paperbook.q_galore import QGaLoreConfig
+
+        return QGaLoreConfig(**dict(rank=8, update_interval=2) | changes)
+
+    def plain(self):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=48, intermediate_size=100, num_hidden_layers=2,
+                                            num_attention_heads=4, num_key_value_heads=2)).eval()
+
+    def build(self, attn_implementation=None):
+        """With 8-bit weights; plain, with weights that lie on the grid, where the test asks for another attention."""
+        from paperbook.q_galore import dequantize_, quantize_weights_
+
+        model = quantize_weights_(self.plain(), self.config())
+        return dequantize_(model) if attn_implementation else model
+
+    def tokens(self):
+        return torch.randint(128, (2, 40), generator=torch.Generator().manual_seed(1))
+
+    def run(self, model, seed=0):
+        """Logits before, and after a few steps of a copy."""
+        from paperbook.q_galore import QGaLoreAdamW, dequantize_, quantize_weights_
+
+        trained = quantize_weights_(dequantize_(copy.deepcopy(model)), self.config(seed=seed))
+        optimizer = QGaLoreAdamW(trained.parameters())
+        for _ in range(5):
+            trained(self.tokens(), labels=self.tokens()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            return torch.cat([model(self.tokens()).logits, trained(self.tokens()).logits])
+
+    def gradients(self, model):
+        model(self.tokens(), labels=self.tokens()).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    def save_and_load(self, model, folder):
+        from safetensors.torch import load_file, save_file
+
+        save_file(model.state_dict(), folder / "model.safetensors")
+        loaded = self.build()
+        for parameter in loaded.parameters():
+            parameter.data.zero_() if parameter.requires_grad and parameter.stride() != (0, 0) else None
+        loaded.load_state_dict(load_file(folder / "model.safetensors"))
+        return loaded
+
+    def apply_and_undo(self, model):
+        """Quantizing is lossy, so there is nothing to undo; but a copy that is trained must share nothing with its model."""
+        self.run(model)
+
+    def wrong_input(self):
+        from paperbook.q_galore import QGaLoreAdamW, dequantize_, quantize_weights_
+
+        return [
+            (lambda: self.config(rank=0), ValueError, ["rank=0"]),
+            (lambda: quantize_weights_(self.plain(), self.config(rank=25)), ValueError, ["k_proj", "24"]),
+            (lambda: dequantize_(self.plain()), ValueError, ["Int8Linear"]),
+            (lambda: QGaLoreAdamW(self.plain().parameters()), ValueError, ["quantize_weights_"]),
+        ]
+
+
+CHAPTERS = {"magicpig": MagicPIG(), "q_galore": QGaLore(), "cogo": CoGO()}
 OWN = {"core", "reference"}  # the house itself makes no such promise
 
 chapters = pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=CHAPTERS)

@@ -37,9 +37,9 @@ _EXPECTED = (ValueError, OSError, the_book.UnknownTarget, the_book.ToolMissing, 
 
 
 def _chapter_commands() -> dict[str, Path]:
-    """Chapter -> its `cli.py`, for each chapter of the installed package that has one."""
+    """Command (a chapter's name with dashes) -> its `cli.py`, for each chapter of the installed package that has one."""
     found = [path for place in paperbook.__path__ for path in Path(place).glob("*/cli.py")]
-    return {path.parent.name: path for path in sorted(found) if path.parent.name != "core"}
+    return {path.parent.name.replace("_", "-"): path for path in sorted(found) if path.parent.name != "core"}
 
 
 class BookGroup(TyperGroup):
@@ -49,14 +49,14 @@ class BookGroup(TyperGroup):
         return [*super().list_commands(ctx), *_chapter_commands()]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if (path := _chapter_commands().get(name)) is None:
+        if (path := _chapter_commands().get(name.replace("_", "-"))) is None:
             return super().get_command(ctx, name)
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or name).splitlines()[0]
         return TyperGroup(name=name, help=summary, rich_help_panel="Chapters")
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
-        if args[0] in _chapter_commands():
-            chapter = importlib.import_module(f"paperbook.{args[0]}.cli")
+        if path := _chapter_commands().get(args[0].replace("_", "-")):
+            chapter = importlib.import_module(f"paperbook.{path.parent.name}.cli")
             return args[0], typer.main.get_command(chapter.app), args[1:]
         return super().resolve_command(ctx, args)
 

@@ -24,8 +24,8 @@ def _update_torch(weight, N, P, right, lr, keep, key):
     new = quantize(w, 8, weight.codes.shape[1], noise)
     weight.codes.copy_(new.codes), weight.scale.copy_(new.scale), weight.zero.copy_(new.zero)
 
-# %% ../../nbs/03_q_galore/04_kernels.ipynb #94606ce1
-_FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
+# %% ../../nbs/03_q_galore/04_kernels.ipynb #6b242a00
+_COMPILED = dict(fastmath={"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}, boundscheck=False, error_model="numpy", cache=True)
 _A, _B, _LOW = np.uint32(0x7FEB352D), np.uint32(0x846CA68B), np.float32(np.finfo(np.float32).tiny)
 
 
@@ -38,16 +38,20 @@ def _hash(x):
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-@njit(fastmath=_FAST, boundscheck=False, cache=True)
+@njit(**_COMPILED)
 def _update_group(codes, scale, zero, update, lr, keep, key0, key1, first, nearest, w):
     """Update one group in place, `update` may be shorter than the group at the end; returns its new scale and zero."""
-    count, nought, levels = len(update), np.float32(0), np.float32(255)
-    low, high = nought, nought
+    count, nought, levels, bits = len(update), np.float32(0), np.float32(255), w.view(np.int32)
+    lowest, highest = np.int32(0), np.int32(0)
     for i in range(count):
-        x = ((np.float32(codes[i]) - zero) * scale - lr * update[i]) * keep
-        w[i] = x
-        low = x if x < low else low
-        high = x if x > high else high
+        w[i] = ((np.float32(codes[i]) - zero) * scale - lr * update[i]) * keep
+    for i in range(count):  # floats are ordered like these integers, whose extremes are found faster
+        order = np.int32(bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        lowest, highest = min(lowest, order), max(highest, order)
+    bits[len(w) - 1] = highest
+    high = w[len(w) - 1]
+    bits[len(w) - 1] = np.int32(lowest ^ ((lowest >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    low = w[len(w) - 1] if lowest < 0 else nought
     new = np.float32(np.rint(levels * (-low / max(high - low, _LOW))))
     new = min(max(new, np.float32(low < nought)), levels - np.float32(high > nought))
     below = -low / max(new, np.float32(1)) if low < nought else nought
@@ -68,7 +72,7 @@ def _update_group(codes, scale, zero, update, lr, keep, key0, key1, first, neare
 def _update_groups(codes, scale, zero, update, lr, keep, key0, key1, first_group, nearest):
     size = codes.shape[1]
     for g in prange(len(codes)):
-        w = np.empty(size, np.float32)
+        w = np.empty(size + 1, np.float32)  # the last place is for the extremes
         first = np.uint32((first_group + g) * size)
         scale[g], new = _update_group(codes[g], scale[g], np.float32(zero[g]), update[g * size : (g + 1) * size], lr, keep, key0, key1, first, nearest, w)
         zero[g] = np.uint8(new)
@@ -155,53 +159,76 @@ def dequantize_state(codes, absmax, signed, shape):
     values = dynamic_map(signed).to(codes.device)[codes.long()] * absmax[:, None]
     return values.flatten()[: math.prod(shape)].view(shape)
 
-# %% ../../nbs/03_q_galore/04_kernels.ipynb #d1599893
-@cache
-def _tables(signed):
-    """Values, upper midpoint of each value, and the code at the lower end of each interval of 16 leading bits."""
-    values = dynamic_map(signed).numpy()
-    middles = np.append((values[:-1] + values[1:]) / np.float32(2), np.float32(np.inf)).astype(np.float32)
-    bits = np.arange(1 << 16, dtype=np.uint32) << 16
-    ends = np.nan_to_num(np.stack([bits, bits | 0xFFFF]).view(np.float32), nan=0.0, posinf=1e30, neginf=-1e30)
-    return values, middles, np.searchsorted(middles[:-1], ends.min(0)).astype(np.uint8)
+# %% ../../nbs/03_q_galore/04_kernels.ipynb #260f2bbf
+def _encoder(signed):
+    """A compiled function: how many positive values of the map come before the one nearest to x >= 0, counting from 1; 0 for 0."""
+    values, f = dynamic_map(signed).numpy(), np.float32
+    values = values[values > 0]
+    n = [2**i if signed else 2 ** (i + 1) for i in range(7)]
+    first = np.cumsum([0, *n])
+    t0, t7 = f(values[0] / 2), f((values[-2] + values[-1]) / 2)
+    t1, t2, t3, t4, t5, t6 = (f((values[k - 1] + values[k]) / 2) for k in first[1:7])
+    a0, a1, a2, a3, a4, a5, a6 = (f(10.0 ** (6 - i) * n[i] / 0.9) for i in range(7))
+    n0, n1, n2, n3, n4, n5, n6 = map(np.int32, n)
+    ninth, less, last = f(1 / 9), np.int32(0 if signed else 1), np.int32(len(values))
+
+    @njit(inline="always")
+    def encode(x):
+        a, n = a0, n0
+        a, n = a1 if x > t1 else a, n1 if x > t1 else n
+        a, n = a2 if x > t2 else a, n2 if x > t2 else n
+        a, n = a3 if x > t3 else a, n3 if x > t3 else n
+        a, n = a4 if x > t4 else a, n4 if x > t4 else n
+        a, n = a5 if x > t5 else a, n5 if x > t5 else n
+        a, n = a6 if x > t6 else a, n6 if x > t6 else n
+        level = min(max(np.int32(x * a - np.float32(n) * ninth), np.int32(0)), n - np.int32(1))
+        k = n - less + level
+        k = last if x > t7 else k
+        return np.int32(0) if x < t0 else k
+
+    return encode
 
 
-@njit(fastmath=_FAST, boundscheck=False, cache=True)
-def _adam_block(m_codes, m_max, v_codes, v_max, g, out, b1, b2, c1, c2, eps, m_values, m_middles, m_table, v_values, v_middles, v_table, m, v):
-    one, nought = np.float32(1), np.float32(0)
-    m_top, v_top = nought, nought
+_encode_signed, _encode_unsigned = _encoder(True), _encoder(False)
+
+# %% ../../nbs/03_q_galore/04_kernels.ipynb #43d7b1e6
+@njit(**_COMPILED)
+def _adam_block(m_codes, m_max, v_codes, v_max, g, out, b1, b2, c1, c2, eps, m_values, v_values, m, v):
+    """One Adam step on a block of states, in place; returns the new absmax of both moments."""
+    one, nought, top = np.float32(1), np.float32(0), np.int32(0x7FFFFFFF)
+    m_bits, v_bits, m_top, v_top = m.view(np.int32), v.view(np.int32), np.int32(0), np.int32(0)
+    m_scale, v_scale, d1, d2 = m_max * b1, v_max * b2, one - b1, one - b2
     for i in range(len(g)):
-        m[i] = m_values[m_codes[i]] * m_max * b1 + (one - b1) * g[i]
-        v[i] = v_values[v_codes[i]] * v_max * b2 + (one - b2) * g[i] * g[i]
+        m[i] = m_values[m_codes[i]] * m_scale + d1 * g[i]
     for i in range(len(g)):
-        size = abs(m[i])
-        m_top = size if size > m_top else m_top
-        v_top = v[i] if v[i] > v_top else v_top
+        v[i] = v_values[v_codes[i]] * v_scale + d2 * g[i] * g[i]
+    for i in range(len(g)):
         out[i] = m[i] * c1 / (np.sqrt(v[i] * c2) + eps)
-    m_scale = one / m_top if m_top > nought else nought
-    v_scale = one / v_top if v_top > nought else nought
     for i in range(len(g)):
-        m[i] *= m_scale
-        v[i] *= v_scale
-    m_bits, v_bits = m.view(np.uint32), v.view(np.uint32)
+        m_top = max(m_top, np.int32(m_bits[i] & top))
+        v_top = max(v_top, v_bits[i])
+    m_bits[len(m) - 1], v_bits[len(v) - 1] = m_top, v_top  # the last places are not used by the block
+    m_max, v_max = m[len(m) - 1], v[len(v) - 1]
+    m_scale = one / m_max if m_max > nought else nought
+    v_scale = one / v_max if v_max > nought else nought
     for i in range(len(g)):
-        k = m_table[m_bits[i] >> np.uint32(16)]
-        m_codes[i] = k + (m[i] > m_middles[k])
-        k = v_table[v_bits[i] >> np.uint32(16)]
-        k += v[i] > v_middles[k]
-        v_codes[i] = k if k > 0 or v[i] == nought else np.uint8(1)  # 0 would make the next update m / epsilon
-    return m_top, v_top
+        x = m[i] * m_scale
+        k = _encode_signed(abs(x))
+        m_codes[i] = np.uint8(max(np.int32(127) + (-k if x < nought else k), np.int32(0)))
+    for i in range(len(g)):
+        k = _encode_unsigned(v[i] * v_scale)
+        v_codes[i] = np.uint8(np.int32(1) if (k == 0) & (v[i] > nought) else k)  # 0 would make the next update m / epsilon
+    return m_max, v_max
 
 
 @njit(parallel=True, boundscheck=False, cache=True)
-def _adam_blocks(m_codes, m_max, v_codes, v_max, g, out, b1, b2, c1, c2, eps, m_values, m_middles, m_table, v_values, v_middles, v_table):
+def _adam_blocks(m_codes, m_max, v_codes, v_max, g, out, b1, b2, c1, c2, eps, m_values, v_values):
     for j in prange(len(m_codes)):
-        m, v = np.empty(256, np.float32), np.empty(256, np.float32)
+        m, v = np.empty(257, np.float32), np.empty(257, np.float32)
         part = slice(j * 256, (j + 1) * 256)
-        m_max[j], v_max[j] = _adam_block(m_codes[j], m_max[j], v_codes[j], v_max[j], g[part], out[part], b1, b2, c1, c2, eps,
-                                         m_values, m_middles, m_table, v_values, v_middles, v_table, m, v)
+        m_max[j], v_max[j] = _adam_block(m_codes[j], m_max[j], v_codes[j], v_max[j], g[part], out[part], b1, b2, c1, c2, eps, m_values, v_values, m, v)
 
-# %% ../../nbs/03_q_galore/04_kernels.ipynb #5ca99571
+# %% ../../nbs/03_q_galore/04_kernels.ipynb #1531ba77
 def _adam(m, v, g, step, betas, eps):
     """Update m and v in place and return the normalized update, @eq-q-galore-adam."""
     m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
@@ -236,7 +263,7 @@ def _adam8_numba(state, g, step, betas, eps):
     out, f = torch.empty(g.shape), np.float32
     arrays = [state[name].numpy() for name in ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")]
     corrections = f(1 / (1 - betas[0] ** step)), f(1 / (1 - betas[1] ** step))
-    _adam_blocks(*arrays, g.flatten().numpy(), out.view(-1).numpy(), f(betas[0]), f(betas[1]), *corrections, f(eps), *_tables(True), *_tables(False))
+    _adam_blocks(*arrays, g.flatten().numpy(), out.view(-1).numpy(), f(betas[0]), f(betas[1]), *corrections, f(eps), dynamic_map(True).numpy(), dynamic_map(False).numpy())
     return out
 
 # %% ../../nbs/03_q_galore/04_kernels.ipynb #a91a0e36

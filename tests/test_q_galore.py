@@ -1,0 +1,361 @@
+"""Q-GaLore's wrong input, its rare paths, and what needs a process or a device of its own."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from paperbook.core.kernels import BackendUnavailable
+from paperbook.q_galore import (
+    Int8Linear,
+    QGaLoreAdamW,
+    QGaLoreConfig,
+    dequantize_,
+    fused_backward,
+    leading_basis,
+    memory_report,
+    qgalore_param_groups,
+    quantize,
+    quantize_weights_,
+)
+from paperbook.q_galore.kernels import adam8, new_state8, update_int8_
+from paperbook.q_galore.projection import Projector
+from paperbook.q_galore.quantize import Quantized, noise_key, uniform_noise
+
+
+class Net(nn.Module):
+    """Embedding, two projected layers with biases, a tied head."""
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.embed = nn.Embedding(40, 24)
+        self.mlp = nn.Sequential(nn.Linear(24, 56), nn.GELU(), nn.Linear(56, 24))
+        self.head = nn.Linear(24, 40, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.mlp(self.embed(ids)))
+
+    def loss(self, ids):
+        return nn.functional.cross_entropy(self(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def net(tied=True, **changes):
+    torch.manual_seed(0)
+    return quantize_weights_(Net(tied), QGaLoreConfig(**dict(rank=6, update_interval=3) | changes))
+
+
+def ids(step=0):
+    return torch.randint(40, (4, 9), generator=torch.Generator().manual_seed(step))
+
+
+def train(model, optimizer, steps=5):
+    for step in range(steps):
+        model.loss(ids(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# -- properties ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(0, 700), bits=st.sampled_from([4, 8]), group_size=st.sampled_from([2, 64, 256]), seed=st.integers(0, 99),
+       shift=st.sampled_from([-3.0, 0.0, 1e-3, 5.0]), size=st.sampled_from([1e-20, 1e-3, 1.0, 1e20]))
+def test_nothing_is_further_than_half_a_step_from_its_code(count, bits, group_size, seed, shift, size):
+    x = (torch.randn(count, generator=torch.Generator().manual_seed(seed)) + shift) * size
+    q = quantize(x, bits, group_size)
+    steps = q.scale.double().repeat_interleave(group_size)[:count]
+    assert q.dequantize().shape == x.shape
+    assert ((q.dequantize().double() - x.double()).abs() <= steps * 0.501).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(m=st.integers(1, 70), n=st.integers(1, 300), rank=st.integers(1, 9), group_size=st.sampled_from([16, 64, 256]), seed=st.integers(0, 99))
+def test_numba_rounds_as_torch_does(m, n, rank, group_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rank, right = min(rank, m, n), m >= n
+    first = quantize(torch.randn(m, n, generator=generator), 8, group_size)
+    second = Quantized(first.codes.clone(), first.scale.clone(), first.zero.clone(), first.shape, 8)
+    P, N = torch.randn(min(m, n), rank, generator=generator), torch.randn((m, rank) if right else (rank, n), generator=generator)
+    for weight, backend in ((first, "torch"), (second, "numba")):
+        update_int8_(weight, N, P, right, 0.05, 0.99, noise_key(seed, 0, 1), backend)
+    torch.testing.assert_close(first.scale, second.scale, rtol=1e-4, atol=0)
+    # A product summed in another order may move a number over a rounding edge, never by more than a step.
+    assert ((first.dequantize() - second.dequantize()).abs() <= 1.01 * first.scale.repeat_interleave(group_size)[: m * n].view(m, n) + 1e-6).all()
+    assert (first.codes != second.codes).float().mean() < 0.01 + 2 / first.codes.numel()
+
+
+def test_noise_depends_on_position_alone():
+    key = noise_key(1, 2, 3)
+    assert torch.equal(uniform_noise(key, 100)[40:], uniform_noise(key, 60, start=40))
+    assert uniform_noise(key, 10_000).min() >= 0 and uniform_noise(key, 10_000).max() < 1
+
+
+# -- wrong input -----------------------------------------------------------------------------------------------------
+
+
+def wrong_inputs():
+    plain, optimizer = Net(), QGaLoreAdamW((model := net()).parameters())
+    optimizer.kept = model
+    return {
+        "rank too large": (lambda: quantize_weights_(Net(), QGaLoreConfig(rank=25)), ["rank=25", "mlp.0", "24"]),
+        "no match": (lambda: quantize_weights_(Net(), target_modules="attention"), ["attention", "mlp.0", "head"]),
+        "tied head": (lambda: quantize_weights_(Net(), QGaLoreConfig(rank=4), "head"), ["head", "embed.weight", "shared"]),
+        "frozen": (lambda: quantize_weights_(Net().requires_grad_(False), QGaLoreConfig(rank=4)), ["mlp.0", "frozen"]),
+        "nothing to quantize": (lambda: quantize_weights_(Net(), QGaLoreConfig(weight_bits=None)), ["weight_bits=None"]),
+        "nothing to dequantize": (lambda: dequantize_(Net()), ["Net", "Int8Linear"]),
+        "nothing projected": (lambda: QGaLoreAdamW(plain.parameters()), ["projected", "quantize_weights_"]),
+        "groups of a plain model": (lambda: qgalore_param_groups(plain, QGaLoreConfig(rank=4)), ["weight_bits=8", "quantize_weights_"]),
+        "accumulation": (lambda: fused_backward(optimizer, accumulation_steps=2).__enter__(), ["accumulation_steps=2", "accumulate"]),
+        "clipping": (lambda: fused_backward(optimizer, max_grad_norm=1.0).__enter__(), ["max_grad_norm=1.0", "QGaLoreAdamW(max_grad_norm"]),
+        "bits": (lambda: quantize(torch.ones(4), bits=2), ["bits=2", "4 or 8"]),
+        "group": (lambda: QGaLoreConfig(group_size=3), ["group_size=3", "even"]),
+        "interval": (lambda: QGaLoreConfig(update_interval=0), ["update_interval=0"]),
+        "similarity": (lambda: QGaLoreConfig(similarity="cosine"), ["similarity='cosine'", "'top1'"]),
+        "scale": (lambda: QGaLoreConfig(scale=0), ["scale=0"]),
+        "basis": (lambda: leading_basis(torch.randn(3, 5), 4), ["rank=4", "1..3"]),
+        "betas": (lambda: QGaLoreAdamW(net().parameters(), betas=(1.0, 0.9)), ["betas=(1.0, 0.9)"]),
+        "report": (lambda: memory_report(Net(), seq_len=4), ["batch_size=None", "seq_len=4"]),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_inputs())
+def test_wrong_input_is_named(name):
+    call, words = wrong_inputs()[name]
+    with pytest.raises(ValueError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_nothing_is_changed_when_quantizing_is_refused():
+    model = Net()
+    with pytest.raises(ValueError):
+        quantize_weights_(model, QGaLoreConfig(rank=25))
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def test_a_tiny_learning_rate_is_warned_of():
+    model = net()
+    with pytest.warns(UserWarning, match="lr \\* scale"):
+        QGaLoreAdamW(model.parameters(), lr=1e-6)
+
+
+def test_triton_is_refused_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailable, match="triton"):
+        update_int8_(quantize(torch.ones(16, 256)), torch.ones(16, 256), backend="triton")
+
+
+# -- what must not be lost -------------------------------------------------------------------------------------------
+
+
+def test_nan_changes_nothing_and_is_named():
+    model = net()
+    optimizer = QGaLoreAdamW(model.parameters())
+    train(model, optimizer, 2)
+    before = copy.deepcopy(model.state_dict())
+    model.loss(ids()).backward()
+    model.embed.weight.grad[3, 3] = math.inf
+    with pytest.raises(FloatingPointError, match=r"shape \(40, 24\)"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_nan_loss_leaves_the_subspace_as_it_was():
+    model = net(update_interval=1)
+    optimizer = QGaLoreAdamW(model.parameters())
+    train(model, optimizer, 2)
+    projector = model.mlp[0].projector
+    basis = projector.matrix().clone()
+    (model.loss(ids()) * math.nan).backward()
+    with pytest.raises(FloatingPointError, match="mlp.0"):
+        optimizer.step()
+    assert torch.equal(projector.matrix(), basis)
+
+
+def test_a_grad_scaler_skips_an_overflow():
+    model = net()
+    optimizer, scaler = QGaLoreAdamW(model.parameters()), torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(model.loss(ids()) * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and scaler.get_scale() == 2.0
+    optimizer.zero_grad()
+    scaler.scale(model.loss(ids())).backward()
+    scaler.step(optimizer)
+    assert not torch.equal(model.mlp[0].qweight, before["mlp.0.qweight"])
+
+
+def test_the_first_layer_learns_behind_a_frozen_embedding():
+    model = net()
+    model.embed.weight.requires_grad_(False)
+    optimizer, before = QGaLoreAdamW(p for p in model.parameters() if p.requires_grad), model.mlp[0].qweight.clone()
+    train(model, optimizer, 2)
+    assert not torch.equal(model.mlp[0].qweight, before)
+
+
+def test_svd_that_does_not_converge_is_retried(monkeypatch):
+    A, real = torch.randn(8, 20), torch.linalg.svd
+    wanted = real(A)[0][:, :3]
+
+    def fails(*args, **kwargs):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    found = leading_basis(A, 3, "svd")
+    torch.testing.assert_close((found.T @ wanted).abs(), torch.eye(3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["subspace", "svd", "randomized"])
+def test_a_zero_gradient_still_gives_a_basis(solver):
+    projector = Projector((12, 7), QGaLoreConfig(rank=3, solver=solver, projection_bits=None))
+    projector.refresh(torch.zeros(12, 7), 0)
+    torch.testing.assert_close(projector.matrix().T @ projector.matrix(), torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_randomized_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    leading_basis(torch.randn(8, 9, generator=torch.Generator().manual_seed(0)), 2, "randomized")
+    assert torch.equal(torch.rand(2), wanted)
+
+
+def test_a_pickled_model_trains_on():
+    model = net()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for m in (model, loaded, copy.deepcopy(model)):
+        optimizer = QGaLoreAdamW(m.parameters())
+        train(m, optimizer, 3)
+        assert torch.equal(m.mlp[0].qweight, model.mlp[0].qweight)
+
+
+def test_large_parameters_are_stepped_in_pieces(monkeypatch):
+    from paperbook.q_galore import optimizer as module
+
+    whole, pieces = net(tied=False), net(tied=False)
+    for model in (whole, pieces):
+        model.table = nn.Parameter(torch.linspace(-1, 1, 5000))
+    for model, piece in ((whole, 1 << 20), (pieces, 512)):
+        monkeypatch.setattr(module, "PIECE", piece)
+        optimizer = QGaLoreAdamW(model.parameters(), weight_decay=0.1)
+        for step in range(4):
+            (model.loss(ids(step)) + (model.table * torch.arange(5000)).sin().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(whole.table, pieces.table)
+
+
+def test_bfloat16_parameters_keep_small_updates():
+    model = net(tied=False).to(torch.bfloat16)
+    model.table = nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
+    optimizer = QGaLoreAdamW([{"params": [model.mlp[0].projected]}, {"params": [model.table]}], lr=1e-4)
+    for _ in range(20):
+        model.table.grad = torch.ones_like(model.table)
+        optimizer.step()
+    assert abs(model.table.float().mean().item() - (1 - 20e-4)) < 1e-4, "half a last digit of bfloat16 is forty such steps"
+
+
+def test_matrices_are_clipped_one_by_one():
+    free, clipped = net(), net()
+    for model, norm in ((free, None), (clipped, 1e-3)):
+        optimizer = QGaLoreAdamW(model.parameters(), max_grad_norm=norm, states="32bit")
+        model.loss(ids()).backward()
+        optimizer.step()
+        largest = max(state["exp_avg"].norm().item() for state in optimizer.state.values())
+        assert (largest <= 1.01e-4) == (norm is not None)
+
+
+def test_fsdp_is_refused_by_name(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = net(tied=False)
+        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), init_device_mesh("cpu", (1,)), [Replicate()]))
+        optimizer = QGaLoreAdamW(model.parameters())
+        model.head.weight.grad = model.head.weight.detach().clone()
+        with pytest.raises(NotImplementedError, match="FSDP2"):
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_fused_backward_is_refused_on_several_ranks(monkeypatch):
+    model = net()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match="several ranks"):
+        fused_backward(QGaLoreAdamW(model.parameters())).__enter__()
+
+
+def test_an_optimizer_says_when_its_model_is_gone():
+    model = net()
+    parameters = list(model.parameters())
+    del model
+    import gc
+
+    gc.collect()
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        QGaLoreAdamW(parameters)
+
+
+def test_a_foreign_checkpoint_is_refused():
+    model, other = net(), net()
+    optimizer = QGaLoreAdamW(model.parameters())
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    for index in saved["state"]:
+        saved["state"][index].pop("projector", None)
+    with pytest.raises(ValueError, match="holds no projector for mlp"):
+        QGaLoreAdamW(other.parameters()).load_state_dict(saved)
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, n, rank", [(64, 512, 16), (300, 256, 33), (77, 91, 5)])
+def test_triton_rounds_as_torch_does_on_cuda(m, n, rank):
+    right = m >= n
+    first = quantize(torch.randn(m, n, device="cuda"))
+    second = Quantized(first.codes.clone(), first.scale.clone(), first.zero.clone(), first.shape, 8)
+    P, N = torch.randn(min(m, n), rank, device="cuda"), torch.randn((m, rank) if right else (rank, n), device="cuda")
+    for weight, backend in ((first, "torch"), (second, "triton")):
+        update_int8_(weight, N, P, right, 0.01, 1.0, noise_key(0, 0, 1), backend)
+    assert (first.codes != second.codes).float().mean() < 0.02
+    assert ((first.dequantize() - second.dequantize()).abs() <= 1.05 * first.scale.repeat_interleave(256)[: m * n].view(m, n)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_on_cuda(dtype):
+    model = net().to("cuda", dtype)
+    optimizer, losses = QGaLoreAdamW(model.parameters(), lr=2e-2), []
+    for _ in range(30):
+        with fused_backward(optimizer):
+            loss = model.loss(ids().cuda())
+            loss.backward()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.gpu
+def test_states_on_cuda_are_those_of_the_cpu():
+    g = torch.randn(1000)
+    here, there = new_state8(g), new_state8(g.cuda())
+    torch.testing.assert_close(adam8(here, g, 1), adam8(there, g.cuda(), 1).cpu(), rtol=1e-2, atol=1e-2)
