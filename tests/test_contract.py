@@ -169,9 +169,12 @@ class QGaLore:
 
     def run(self, model, seed=0):
         """Logits before, and after a few steps of a copy."""
-        from paperbook.q_galore import QGaLoreAdamW, dequantize_, quantize_weights_
+        from paperbook.q_galore import Int8Linear, QGaLoreAdamW, dequantize_, quantize_weights_
 
-        trained = quantize_weights_(dequantize_(copy.deepcopy(model)), self.config(seed=seed))
+        trained = copy.deepcopy(model)
+        if any(isinstance(module, Int8Linear) for module in trained.modules()):
+            dequantize_(trained)
+        quantize_weights_(trained, self.config(seed=seed))
         optimizer = QGaLoreAdamW(trained.parameters())
         for _ in range(5):
             trained(self.tokens(), labels=self.tokens()).loss.backward()

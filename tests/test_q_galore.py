@@ -98,6 +98,33 @@ def test_noise_depends_on_position_alone():
     assert uniform_noise(key, 10_000).min() >= 0 and uniform_noise(key, 10_000).max() < 1
 
 
+def test_both_ends_of_a_group_are_on_its_grid():
+    for x in (torch.tensor([1.0, 0.5, -1e-3, 0.2]), torch.tensor([-1.0, -0.5, 1e-3, -0.2])):
+        q = quantize(x, 8, 4)
+        low, high = -q.zero.float() * q.scale, (255 - q.zero.float()) * q.scale
+        assert low <= x.min() + 1e-7 and high >= x.max() - 1e-7
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_second_moment_is_never_rounded_to_zero(backend):
+    g = torch.ones(256)
+    g[7], state = 1e-3, new_state8(g)
+    for step in range(1, 9):
+        update = adam8(state, torch.where(g < 1, 0.0, g) if step > 1 else g, step, backend=backend)
+        assert update.abs().max() < 1.2
+
+
+def test_subspaces_are_looked_at_when_they_are_due():
+    model = net(similarity=None)
+    train(model, QGaLoreAdamW(model.parameters()), 7)
+    assert [model.mlp[i].projector.refreshes for i in (0, 2)] == [3, 3]  # before steps 0, 3 and 6
+
+
+def test_a_cast_leaves_the_scales_alone():
+    model, cast = net(), net().to(torch.float16).float()
+    assert torch.equal(model.mlp[0].scale, cast.mlp[0].scale) and cast.mlp[0].scale.dtype == torch.float32
+
+
 # -- wrong input -----------------------------------------------------------------------------------------------------
 
 
@@ -242,12 +269,13 @@ def test_a_pickled_model_trains_on():
         assert torch.equal(m.mlp[0].qweight, model.mlp[0].qweight)
 
 
-def test_large_parameters_are_stepped_in_pieces(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_parameters_are_stepped_in_pieces(monkeypatch, dtype):
     from paperbook.q_galore import optimizer as module
 
     whole, pieces = net(tied=False), net(tied=False)
     for model in (whole, pieces):
-        model.table = nn.Parameter(torch.linspace(-1, 1, 5000))
+        model.table = nn.Parameter(torch.linspace(-1, 1, 5000).to(dtype))
     for model, piece in ((whole, 1 << 20), (pieces, 512)):
         monkeypatch.setattr(module, "PIECE", piece)
         optimizer = QGaLoreAdamW(model.parameters(), weight_decay=0.1)
@@ -269,13 +297,14 @@ def test_bfloat16_parameters_keep_small_updates():
 
 
 def test_matrices_are_clipped_one_by_one():
-    free, clipped = net(), net()
-    for model, norm in ((free, None), (clipped, 1e-3)):
+    free, loose, clipped = net(), net(), net()
+    for model, norm in ((free, None), (loose, 1e6), (clipped, 1e-3)):
         optimizer = QGaLoreAdamW(model.parameters(), max_grad_norm=norm, states="32bit")
         model.loss(ids()).backward()
         optimizer.step()
         largest = max(state["exp_avg"].norm().item() for state in optimizer.state.values())
-        assert (largest <= 1.01e-4) == (norm is not None)
+        assert (largest <= 1.01e-4) == (norm == 1e-3)
+    assert torch.equal(free.mlp[0].qweight, loose.mlp[0].qweight)
 
 
 def test_fsdp_is_refused_by_name(tmp_path):

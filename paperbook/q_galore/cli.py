@@ -81,7 +81,7 @@ def fitting_micro_batch(model, config, batch_size, seq_len, budget_gb):
     except MemoryError as error:
         raise typer.BadParameter(str(error), param_hint="--budget-gb") from None
 
-# %% ../../nbs/03_q_galore/09_cli.ipynb #05ca5b6f
+# %% ../../nbs/03_q_galore/09_cli.ipynb #de306d2c
 def _live_progress():
     """The Trainer's progress bar with loss and memory on it instead of a line for each step."""
     import psutil
@@ -111,11 +111,11 @@ def train(
     model: Annotated[str, typer.Option(help="Folder, hub name or asset to continue, or a config.json to start from scratch.")],
     data: Annotated[Path, typer.Option(help="A text file; its last twentieth is held out.")],
     rank: Annotated[int, typer.Option(min=1, help="Of the projection.")] = 64,
-    budget_gb: Annotated[float, typer.Option(min=0.01, help="Memory that training may take, in GB of 10^9 bytes.")] = 16,
+    budget_gb: Annotated[float, typer.Option(min=0.01, help="Memory that training may take, in GB of 10^9 bytes, without what Python and torch take themselves.")] = 16,
     steps: Annotated[int, typer.Option(min=1)] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
-    lr: Annotated[float, typer.Option(min=0, help="Projected matrices take a quarter of it.")] = 1e-3,
+    lr: Annotated[float, typer.Option(min=0, help="Projected matrices take a quarter of it. 0.001 suits continuing a model, 0.01 a fresh one.")] = 1e-3,
     update_interval: Annotated[int, typer.Option(min=1, help="Steps between two looks at a subspace, at the start.")] = 200,
     tokenizer: Annotated[str | None, typer.Option(help="Where --model is a config.json.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
@@ -124,22 +124,28 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and, at the end, the plain model.")] = Path("q-galore-out"),
 ):
     """Train or continue a causal language model on a text file, all weights, in 8 bits."""
-    from paperbook.q_galore.projection import QGaLoreConfig
+    from paperbook.q_galore.linear import target_linears
+    from paperbook.q_galore.projection import Projector, QGaLoreConfig
 
     console = Console(stderr=True, force_jupyter=False, highlight=False)
     found, words = load_model(model, tokenizer, seed=seed)
     rows, test = text_blocks(data, words, seq_len)
     config = QGaLoreConfig(rank=rank, update_interval=update_interval, seed=seed)
     micro, report = fitting_micro_batch(found, config, batch_size, seq_len, budget_gb)
+    try:
+        for name, linear in target_linears(found).items():
+            Projector(linear.weight.shape, config, name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).replace(" or leave the module out with target_modules", ""), param_hint="--rank") from None
     console.print(f"{len(rows)} rows of {seq_len} tokens, {len(test)} held out; micro-batch {micro}\n{report}")
     try:
         before, after = run_training(found, config, rows, test, out, steps=steps, micro=micro, accumulation=batch_size // micro, lr=lr, save_every=save_every, resume=resume, seed=seed)
     except (ValueError, FloatingPointError) as error:
         raise typer.BadParameter(str(error)) from None
     words.save_pretrained(out / "model")
-    console.print(f"held-out loss {before:.4f} before, {after:.4f} after; wrote {out / 'model'}")
+    console.print(f"held-out loss {before:.4f} of the model as given, {after:.4f} after; wrote {out / 'model'}")
 
-# %% ../../nbs/03_q_galore/09_cli.ipynb #0590e9cb
+# %% ../../nbs/03_q_galore/09_cli.ipynb #7e6d2758
 def run_training(model, config, rows, test, out, *, steps, micro, accumulation=1, lr=1e-3, save_every=50, resume=False, seed=0):
     """Quantize and train with transformers' Trainer; saves checkpoints and a plain model under `out`; returns test losses (before, after).
 
@@ -159,6 +165,9 @@ def run_training(model, config, rows, test, out, *, steps, micro, accumulation=1
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
     if resume and last is None:
         raise ValueError(f"--resume: there is no checkpoint in {str(out)!r}. Start without it, or name the folder of the earlier run with --out.")
+    done = int(Path(last).name.split("-")[-1]) if resume else 0
+    if done >= steps:
+        raise ValueError(f"--resume: {last!r} has {done} steps already. Give --steps more than that.")
     quantize_weights_(model, config)
     fields, fused = TrainingArguments.__dataclass_fields__, accumulation == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"  # renamed in transformers 5.2x

@@ -4,20 +4,31 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'int8_linear', 'int8_linear_backward', 'Int8Linear', 'layer_of', 'target_linears', 'quantize_weights_',
-           'dequantize_']
+           'mark_quantized_', 'dequantize_']
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #c08fe227
+# %% ../../nbs/03_q_galore/06_linear.ipynb #4bc3d834
 import re
 import weakref
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .projection import Projector, QGaLoreConfig
 from .quantize import Quantized, quantize
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #c7ef4739
+# %% ../../nbs/03_q_galore/06_linear.ipynb #ff0c6bb4
 _LAYERS = weakref.WeakValueDictionary()  # handle -> Int8Linear: operators take tensors and numbers only
+
+
+def _only_q_galore(optimizer, args, kwargs):
+    """Raise before another optimizer writes into `projected`, which has no memory to write to."""
+    projected = any(hasattr(p, "int8_handle") for group in optimizer.param_groups for p in group["params"])
+    if projected and not getattr(optimizer, "steps_int8", False):
+        raise TypeError(f"{type(optimizer).__name__} cannot train Int8Linear layers. Use QGaLoreAdamW, in a Trainer by optimizer_cls_and_kwargs=(QGaLoreAdamW, {{...}}), or dequantize_(model) first.")
+
+
+register_optimizer_step_pre_hook(_only_q_galore)
 
 
 @torch.library.custom_op("paperbook::int8_linear", mutates_args=())
@@ -32,7 +43,7 @@ def int8_linear_backward(grad: torch.Tensor, x: torch.Tensor, qweight: torch.Ten
                          projected: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of the input, from the weights of the forward pass, and the projected gradient of the weights."""
     layer = _LAYERS[handle]
-    G = grad.flatten(0, -2).T @ x.flatten(0, -2)
+    G = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     return grad @ layer.dequantized(grad.dtype), layer.project(G).to(projected.dtype)
 
 
@@ -49,16 +60,20 @@ def _(grad, x, qweight, scale, zero, projected, handle):
 def _setup(ctx, inputs, output):
     *tensors, ctx.handle, _ = inputs
     ctx.save_for_backward(*tensors)
+    ctx.step = _LAYERS[ctx.handle].step
 
 
 def _backward(ctx, grad):
+    if (layer := _LAYERS[ctx.handle]).step != ctx.step:
+        raise RuntimeError(f"the weights of {layer.projector.name} took a step after this forward pass, so its gradient cannot be computed any more. "
+                           "Run the forward pass again, or call backward on the sum of the losses.")
     grad_x, R = int8_linear_backward(grad, *ctx.saved_tensors, ctx.handle)
     return grad_x, None, None, None, R, None, None
 
 
 int8_linear.register_autograd(_backward, setup_context=_setup)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #b1079980
+# %% ../../nbs/03_q_galore/06_linear.ipynb #0136d76a
 class Int8Linear(nn.Module):
     """`nn.Linear` whose weight exists as 8-bit codes only, and whose weight gradient comes out projected.
 
@@ -89,7 +104,7 @@ class Int8Linear(nn.Module):
 
     def __setstate__(self, state):  # after copy.deepcopy and after unpickling
         super().__setstate__(state)
-        self.projected = nn.Parameter(_expanded(self.projector.projected_shape, self.projected))
+        self.projected = nn.Parameter(_expanded(self.projector.projected_shape, self.projected), self.projected.requires_grad)
         self._announce()
 
     def __getstate__(self):
@@ -168,13 +183,16 @@ def _moved(value, device):
         return Quantized(*(t.to(device) for t in (value.codes, value.scale, value.zero)), value.shape, value.bits)
     return None if value is None else value.to(device)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #98b69167
-TARGETS = r"attn|attention|mlp"
+# %% ../../nbs/03_q_galore/06_linear.ipynb #e8819c0b
+TARGETS = r"(?i)attn|attention|mlp"
 
 
 def target_linears(model, target_modules=TARGETS):
-    """Name -> `nn.Linear` for each whose path matches the regular expression. ValueError when none does."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Name -> `nn.Linear` for each whose path matches the regular expression. ValueError when none does.
+
+    Subclasses are left alone: `nn.MultiheadAttention`, for one, reads the weight of its own past their forward.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     found = {name: module for name, module in linears.items() if re.search(target_modules, name)}
     if not found:
         already = any(isinstance(module, Int8Linear) for module in model.modules())
@@ -202,10 +220,20 @@ def quantize_weights_(model, config=None, target_modules=TARGETS):
         if not linear.weight.requires_grad:
             raise ValueError(f"the weight of {name} is frozen (requires_grad=False). Unfreeze it, or leave it out with target_modules.")
         Projector(linear.weight.shape, config, name)  # raises before anything is changed
-    for index, (name, linear) in enumerate(found.items()):
+    first = sum(isinstance(module, Int8Linear) for module in model.modules())
+    for index, (name, linear) in enumerate(found.items(), first):
         model.set_submodule(name, Int8Linear(linear, config, name, index).train(linear.training))
-    skip = [f"{name}.projected" for name, module in model.named_modules() if isinstance(module, Int8Linear)]
-    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *skip]  # the layers average by themselves
+    return mark_quantized_(model)
+
+
+def mark_quantized_(model):
+    """Tell DistributedDataParallel that the layers average by themselves, and `from_pretrained` that it cannot read these weights."""
+    names = [f"{name}.projected" for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    model._ddp_params_and_buffers_to_ignore = names
+    if hasattr(model, "config"):
+        model.config.quantization_config = {"quant_method": "q_galore"} if names else None
+        if not names:
+            del model.config.quantization_config
     return model
 
 
@@ -222,5 +250,4 @@ def dequantize_(model, dtype=None):
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight, linear.bias = nn.Parameter(weight), layer.bias
         model.set_submodule(name, linear.train(layer.training))
-    model._ddp_params_and_buffers_to_ignore = [n for n in model._ddp_params_and_buffers_to_ignore if not n.endswith(".projected")]
-    return model
+    return mark_quantized_(model)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'MemoryReport', 'memory_report', 'build_quantized', 'gpu_memory']
 
-# %% ../../nbs/03_q_galore/08_memory.ipynb #f111fa2b
+# %% ../../nbs/03_q_galore/08_memory.ipynb #34ec8471
 import time
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 
 from ..core.records import record
 from .kernels import STATE_BLOCK
-from .linear import TARGETS, Int8Linear, target_linears
+from .linear import TARGETS, Int8Linear, mark_quantized_, target_linears
 from .optimizer import QGaLoreAdamW, fused_backward
 from .projection import QGaLoreConfig
 
@@ -49,7 +49,7 @@ def _other_bytes(method, count, width):
     states = 0 if method == "lora" else 2 * width * count if method in ("adamw", "galore") else _moments8(count) if count >= 4096 else 8 * count
     return width * count, states
 
-# %% ../../nbs/03_q_galore/08_memory.ipynb #3b7aaafb
+# %% ../../nbs/03_q_galore/08_memory.ipynb #9758a5cd
 METHODS = ("q_galore", "galore", "adamw", "adamw8bit", "lora")
 
 
@@ -103,7 +103,7 @@ def memory_report(model, config=None, *, method="q_galore", target_modules=TARGE
     others = [p for p in model.parameters() if id(p) not in inside]
     width = max((p.element_size() for p in others), default=4)
     matrices = [_matrix_bytes(method, m, n, config, width) for m, n in shapes]
-    rest = [_other_bytes(method, p.numel(), p.element_size()) for p in others]
+    rest = [_other_bytes(method, p.numel(), p.element_size()) if p.requires_grad else (p.numel() * p.element_size(), 0) for p in others]
     stored = {"weights, projected layers": sum(row[0] for row in matrices), "weights, all others": sum(row[0] for row in rest),
               "projections": sum(row[1] for row in matrices), "states, projected layers": sum(row[2] for row in matrices), "states, all others": sum(row[1] for row in rest)}
     working = {} if batch_size is None else _working(model.config, method, config, shapes, others, width, batch_size * seq_len, checkpointing, fused)
@@ -112,8 +112,11 @@ def memory_report(model, config=None, *, method="q_galore", target_modules=TARGE
 
 def _working(model_config, method, config, shapes, others, width, tokens, checkpointing, fused):
     """Estimates of what is alive at the peak, in bytes."""
+    wanted = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    if lacking := [name for name in wanted if not hasattr(model_config, name)]:
+        raise ValueError(f"model.config has no {', '.join(lacking)}: the working set is estimated for Llama-like models only. Leave batch_size and seq_len out.")
     hidden, inner, depth = model_config.hidden_size, model_config.intermediate_size, model_config.num_hidden_layers
-    full = [m * n for m, n in shapes] + ([] if method == "lora" else [p.numel() for p in others])
+    full = [m * n for m, n in shapes] + ([] if method == "lora" else [p.numel() for p in others if p.requires_grad])
     kept = [config.rank * (m + n if method == "lora" else max(m, n) if method == "q_galore" else m * n // config.rank) for m, n in shapes]
     gradients = width * (max(full) if fused else sum(kept) + sum(full[len(shapes) :]))
     block = width * tokens * (8 * hidden + 4 * inner)
@@ -121,7 +124,7 @@ def _working(model_config, method, config, shapes, others, width, tokens, checkp
     return {"gradients": gradients, "block inputs" if checkpointing else "activations": width * tokens * hidden * depth + block if checkpointing else block * depth,
             "logits": tokens * model_config.vocab_size * (width + 8), "unpacked weight, or refresh": 12 * largest if method in ("q_galore", "galore") else 0}
 
-# %% ../../nbs/03_q_galore/08_memory.ipynb #f851f95d
+# %% ../../nbs/03_q_galore/08_memory.ipynb #eeacd1f5
 def build_quantized(model_config, config=None, dtype=torch.bfloat16, device="cuda", seed=0, target_modules=TARGETS):
     """A causal language model with random weights whose target matrices are quantized one by one, never all in floats.
 
@@ -141,13 +144,13 @@ def build_quantized(model_config, config=None, dtype=torch.bfloat16, device="cud
             module.to_empty(device=device, recurse=False)
             model._init_weights(module)
     model.tie_weights()
-    return model
+    return mark_quantized_(model)
 
 
 def gpu_memory(batch_size=16, seq_len=256, steps=24, cap_gib=15.2, rank=1024, write=True):
     """Pre-train a random LLaMA-7B on CUDA under a cap, by the protocol of this notebook; returns the metrics.
 
-    Raises torch.cuda.OutOfMemoryError when it does not fit. Writes the record `memory_7b` unless write is False.
+    Raises torch.cuda.OutOfMemoryError when it does not fit. Writes the record `memory_7b_gpu` unless write is False.
     """
     from transformers import LlamaConfig
 

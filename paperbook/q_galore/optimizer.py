@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PIECE', 'qgalore_param_groups', 'round_bfloat16', 'QGaLoreAdamW', 'fused_backward']
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #d49c720e
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #e3b8457a
+import math
 import warnings
 from contextlib import contextmanager
 
@@ -16,15 +17,18 @@ from .linear import TARGETS, Int8Linear, layer_of, target_linears
 from .projection import Projector, QGaLoreConfig, load_projector_state, projector_state
 from .quantize import noise_key, uniform_noise
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #8fb598d7
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #ff051b45
 def qgalore_param_groups(model, config=None, target_modules=TARGETS, weight_decay=0.0):
-    """Two parameter groups for `QGaLoreAdamW`: projected matrices, and everything else that is trained.
+    """Parameter groups for `QGaLoreAdamW`: projected matrices, and everything else that is trained.
 
     For a model of `quantize_weights_` the matrices are its `Int8Linear` layers. For a plain model, config.weight_bits must
     be None, and the weights of its target `nn.Linear` modules are marked to be projected (GaLore).
     weight_decay: of the matrices and of other tensors of two dimensions or more. Raises ValueError when nothing is to be projected.
     """
-    if not any(isinstance(module, Int8Linear) for module in model.modules()):
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    if layers and config is not None and all(layer.projector.config != config for layer in layers):
+        raise ValueError(f"config={config} is not that of the model's Int8Linear layers, which was given to quantize_weights_. Leave it out here.")
+    if not layers:
         config = config or QGaLoreConfig()
         if config.weight_bits is not None:
             raise ValueError(f"weight_bits={config.weight_bits}, but the model holds no Int8Linear. Call quantize_weights_(model, config) first, "
@@ -46,7 +50,7 @@ def round_bfloat16(w, key, start=0):
     noise = (uniform_noise(key, w.numel(), start, w.device) * 65536).to(torch.int32).view(w.shape)
     return ((w.contiguous().view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #73f395c6
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #428bb3ad
 class QGaLoreAdamW(torch.optim.Optimizer):
     """AdamW with projected gradients, 8-bit states and 8-bit weights.
 
@@ -66,14 +70,15 @@ class QGaLoreAdamW(torch.optim.Optimizer):
     ...     optimizer.zero_grad()
     """
 
+    steps_int8 = True  # see paperbook.q_galore.linear
+
     def __init__(self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=None, states="8bit"):
         for name, value, good in (("lr", lr, lr >= 0), ("betas", betas, all(0 <= b < 1 for b in betas)), ("eps", eps, eps >= 0),
                                   ("weight_decay", weight_decay, weight_decay >= 0), ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0),
                                   ("states", states, states in ("8bit", "32bit"))):
             if not good:
                 raise ValueError(f"{name}={value!r} is not possible. Use lr, eps, weight_decay >= 0, betas in [0, 1), max_grad_norm > 0, states '8bit' or '32bit'.")
-        self.states = states
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm))
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, states=states))
         if not self._projected():
             raise ValueError("none of params is projected. Call quantize_weights_(model, config) before the optimizer is made, or pass qgalore_param_groups(model, config).")
         small = [group["lr"] * projector.config.scale for group in self.param_groups for p in group["params"] if (projector := _projector(p))]
@@ -81,6 +86,7 @@ class QGaLoreAdamW(torch.optim.Optimizer):
             warnings.warn(f"lr * scale = {min(small):.1e}: steps this small are lost in the rounding noise of 8-bit weights. Q-GaLore's lr is about 0.004 to 0.015, ten times AdamW's.", stacklevel=2)
 
     def _projected(self):
+        """(index, parameter) of each that is projected; raises when a layer is gone."""
         return [(index, p) for index, p in enumerate(p for group in self.param_groups for p in group["params"]) if _projector(p)]
 
     @torch.no_grad()
@@ -90,6 +96,8 @@ class QGaLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(layer is not None and layer.projected is not p for _, p in self._projected() for layer in [layer_of(p)]):
+            raise RuntimeError("this optimizer was copied or belongs to layers that were replaced. Make a new QGaLoreAdamW for the model.")
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._check(work)
         for group, p in work:
@@ -138,9 +146,8 @@ class QGaLoreAdamW(torch.optim.Optimizer):
             update_int8_(layer.quantized, N, P, projector.right, lr * config.scale, keep, key)
             layer.step = step
         else:
-            p.add_(projector.up(N).to(p.dtype), alpha=-lr * projector.config.scale)
-            if keep != 1:
-                p.mul_(keep)
+            w = (p.float() - lr * projector.config.scale * projector.up(N)).mul_(keep)
+            p.copy_(round_bfloat16(w, noise_key(projector.config.seed, projector.index, step)) if p.dtype == torch.bfloat16 else w)
 
     def _update_plain(self, p, state, g, step, group, lr, keep):
         """AdamW on a parameter that is not projected, piece by piece: no temporary is larger than a piece."""
@@ -148,16 +155,21 @@ class QGaLoreAdamW(torch.optim.Optimizer):
         for start in range(0, p.numel(), PIECE):
             w, N = flat[start : start + PIECE], self._normalized(state, g[start : start + PIECE], step, group, False, start, p.numel())
             if p.dtype == torch.bfloat16:
-                w.copy_(round_bfloat16(w.float() * keep - lr * N, noise_key(1, p.numel(), step), start))
+                w.copy_(round_bfloat16(w.float() * keep - lr * N, self._key(p, step), start))
             else:
                 (w if keep == 1 else w.mul_(keep)).add_(N.to(p.dtype), alpha=-lr)
         if not p.is_contiguous():
             p.copy_(flat.view(p.shape))
 
+    def _key(self, p, step):
+        """The key of a parameter that is not projected: its place among all parameters sets it apart."""
+        place = next(i for i, q in enumerate(q for group in self.param_groups for q in group["params"]) if q is p)
+        return noise_key(_projector(self._projected()[0][1]).config.seed, (1 << 32) + place, step)
+
     def _normalized(self, state, g, step, group, projected, start=0, total=None):
         """Adam's update of gradient g, float32, from moments in the optimizer's format; g may be a piece of `total` numbers."""
         total = total or g.numel()
-        if self.states == "8bit" and (projected or total >= 4096):
+        if group["states"] == "8bit" and (projected or total >= 4096):
             if "exp_avg" not in state:
                 state.update(new_state8(torch.empty(total, device=g.device)))
             blocks = slice(start // STATE_BLOCK, -(-(start + g.numel()) // STATE_BLOCK))
@@ -179,16 +191,30 @@ class QGaLoreAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """Restore a run, bit for bit. Raises ValueError when rank, group size, bits or shapes are not this run's."""
         params = [p for group in self.param_groups for p in group["params"]]
+        kinds = [group["states"] for group in self.param_groups for _ in group["params"]]
+        for index, saved in state_dict["state"].items():
+            self._check_saved(params[index], saved, kinds[index])
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for index, saved in state_dict["state"].items():
             p, saved = params[index], dict(saved)
             if projector := _projector(p):
-                if "projector" not in saved:
-                    raise ValueError(f"the checkpoint holds no projector for {projector.name}: it is not of a QGaLoreAdamW with the same parameters in the same order.")
                 load_projector_state(projector, saved.pop("projector"), p.device)
                 if layer := layer_of(p):
                     layer.step = saved["step"]
             self.state[p] = {name: value.detach().clone().to(p.device) if torch.is_tensor(value) else value for name, value in saved.items()}
+
+
+    def _check_saved(self, p, saved, states):
+        """Raise ValueError unless `saved` is the state of a parameter like p, with moments in the format of `states`."""
+        projector = _projector(p)
+        if projector and "projector" not in saved:
+            raise ValueError(f"the checkpoint holds no projector for {projector.name}: it is not of a QGaLoreAdamW with the same parameters in the same order.")
+        count = math.prod(projector.projected_shape) if projector else p.numel()
+        eight = states == "8bit" and (projector or count >= 4096)
+        wanted = {name: tuple(t.shape) for name, t in new_state8(torch.empty(count, device="meta")).items()} if eight else {"exp_avg": (count,), "exp_avg_sq": (count,)}
+        found = {name: tuple(t.shape) for name, t in saved.items() if torch.is_tensor(t)}
+        if found != wanted:
+            raise ValueError(f"the checkpoint's moments of {self._name(p)} are {found}, this run needs {wanted}. Use the model and the states ({states!r}) of the checkpoint.")
 
 
 def _projector(p):
@@ -196,7 +222,7 @@ def _projector(p):
     layer = layer_of(p)
     return layer.projector if layer else getattr(p, "projector", None)
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #c65b18dc
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #22451b22
 @contextmanager
 def fused_backward(optimizer, accumulation_steps=1, max_grad_norm=None):
     """Inside, `loss.backward()` also takes the optimizer's step, parameter by parameter, and frees each gradient.
@@ -215,6 +241,10 @@ def fused_backward(optimizer, accumulation_steps=1, max_grad_norm=None):
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise NotImplementedError("fused_backward steps before DistributedDataParallel has averaged ordinary gradients. Train without fused_backward on several ranks.")
 
+    if getattr(optimizer, "fused", False):
+        raise RuntimeError("fused_backward is active for this optimizer already. Leave the outer or the inner one out.")
+    optimizer.fused = True
+
     def hook(group):
         @torch.no_grad()
         def take(p):
@@ -228,5 +258,6 @@ def fused_backward(optimizer, accumulation_steps=1, max_grad_norm=None):
     try:
         yield optimizer
     finally:
+        optimizer.fused = False
         for handle in handles:
             handle.remove()
