@@ -243,9 +243,11 @@ def test_svd_that_does_not_converge_is_retried(monkeypatch):
 
 
 @pytest.mark.parametrize("solver", ["subspace", "svd", "randomized"])
-def test_a_zero_gradient_still_gives_a_basis(solver):
+def test_a_zero_gradient_is_not_looked_at(solver):
     projector = Projector((12, 7), QGaLoreConfig(rank=3, solver=solver, projection_bits=None))
     projector.refresh(torch.zeros(12, 7), 0)
+    assert projector.basis is None and projector.due(1) and not projector.down(torch.zeros(12, 7)).any()
+    projector.refresh(torch.randn(12, 7), 1)
     torch.testing.assert_close(projector.matrix().T @ projector.matrix(), torch.eye(3), atol=1e-5, rtol=0)
 
 
@@ -352,6 +354,142 @@ def test_a_foreign_checkpoint_is_refused():
         saved["state"][index].pop("projector", None)
     with pytest.raises(ValueError, match="holds no projector for mlp"):
         QGaLoreAdamW(other.parameters()).load_state_dict(saved)
+
+
+# -- what a stranger would do ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
+def test_another_optimizer_is_refused(options):
+    model = net()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), **options)
+    model.loss(ids()).backward()
+    with pytest.raises(TypeError, match="AdamW cannot train Int8Linear"):
+        optimizer.step()
+
+
+def test_subclasses_of_linear_are_left_alone():
+    layer = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(ValueError, match="linear1"):
+        quantize_weights_(layer, QGaLoreConfig(rank=4), "attn")  # out_proj's weight is read past its forward
+
+
+def test_moments_of_another_shape_or_kind_are_refused():
+    model, other = net(), net()
+    optimizer = QGaLoreAdamW(model.parameters())
+    train(model, optimizer, 1)
+    with pytest.raises(ValueError, match="moments"):
+        QGaLoreAdamW(other.parameters(), states="32bit").load_state_dict(optimizer.state_dict())
+    wide = Net()
+    wide.mlp = nn.Sequential(nn.Linear(24, 88), nn.GELU(), nn.Linear(88, 24))
+    quantize_weights_(wide, QGaLoreConfig(rank=6, update_interval=3))
+    with pytest.raises(ValueError, match="checkpoint"):
+        QGaLoreAdamW(wide.parameters()).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="update_interval=3"):
+        QGaLoreAdamW((last := net(update_interval=5)).parameters()).load_state_dict(optimizer.state_dict())
+    assert last.mlp[0].projector.basis is None
+
+
+def test_an_optimizer_of_layers_that_were_replaced_says_so():
+    model = net()
+    optimizer = QGaLoreAdamW(model.parameters())
+    dequantize_(model)
+    model.loss(ids()).backward()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+
+
+def test_backward_after_a_step_is_refused():
+    model = net()
+    optimizer, loss = QGaLoreAdamW(model.parameters()), model.loss(ids())
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="took a step|inplace"):
+        loss.backward()
+
+
+def test_directions_without_gradient_are_left_empty():
+    A = torch.randn(64, 5) @ torch.randn(5, 40)
+    for solver in ("subspace", "svd"):
+        projector = Projector((64, 40), QGaLoreConfig(rank=12, solver=solver))
+        projector.refresh(A, 0)
+        assert (projector.matrix().abs().amax(0) > 0).sum() == 5
+        projector.refresh(torch.randn(64, 40), 200)
+        assert (projector.matrix().abs().amax(0) > 0).all()
+
+
+def test_a_zero_first_gradient_changes_nothing():
+    model = net()
+    optimizer, before = QGaLoreAdamW(model.parameters()), model.mlp[0].weight
+    (model.loss(ids()) * 0).backward()
+    optimizer.step()
+    # Ranges are found anew, and a weight that they have moved off the grid by a rounding error may be rounded again.
+    moved = (model.mlp[0].weight - before).abs() / model.mlp[0].scale.repeat_interleave(256)[: before.numel()].view(before.shape)
+    assert model.mlp[0].projector.basis is None and moved.max() <= 1.01 and (moved > 0.01).float().mean() < 0.01
+
+
+def test_float_weights_in_bfloat16_keep_small_updates():
+    travelled = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = Net().to(dtype)
+        optimizer = QGaLoreAdamW(qgalore_param_groups(model, QGaLoreConfig(rank=6, weight_bits=None)), lr=1e-3)
+        start = model.mlp[0].weight.detach().float().clone()
+        train(model, optimizer, 40)
+        travelled[dtype] = (model.mlp[0].weight.detach().float() - start).norm().item()
+    assert travelled[torch.bfloat16] > 0.7 * travelled[torch.float32]
+
+
+def test_equal_parameters_do_not_share_their_noise():
+    model = net(tied=False)
+    model.pair = nn.ParameterList([nn.Parameter(torch.ones(5000, dtype=torch.bfloat16)) for _ in range(2)])
+    optimizer = QGaLoreAdamW(model.parameters(), lr=1e-4)
+    for p in model.pair:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(*model.pair)
+
+
+def test_a_folder_of_codes_is_marked_and_a_plain_one_is_not(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = quantize_weights_(LlamaForCausalLM(config), QGaLoreConfig(rank=4))
+    model.save_pretrained(tmp_path / "codes")  # from_pretrained warns of the unknown type by name
+    assert '"quant_method": "q_galore"' in (tmp_path / "codes" / "config.json").read_text()
+    dequantize_(model).save_pretrained(tmp_path / "plain")
+    assert "q_galore" not in (tmp_path / "plain" / "config.json").read_text()
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids()).logits, model(ids()).logits)
+
+
+def test_a_copy_of_a_frozen_model_is_frozen():
+    model = net()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert not any(p.requires_grad for p in copy.deepcopy(model).parameters())
+
+
+def test_a_single_vector_has_a_gradient():
+    model = net()
+    model.mlp(torch.randn(24)).sum().backward()
+    assert model.mlp[0].projected.grad.shape == (56, 6)
+
+
+def test_fused_backward_does_not_nest():
+    model = net()
+    optimizer = QGaLoreAdamW(model.parameters())
+    with fused_backward(optimizer), pytest.raises(RuntimeError, match="already"):
+        fused_backward(optimizer).__enter__()
+    with fused_backward(optimizer):
+        model.loss(ids()).backward()
+
+
+def test_frozen_parameters_have_no_states_in_the_report():
+    free, frozen = Net(tied=False), Net(tied=False)
+    frozen.embed.weight.requires_grad_(False)
+    difference = memory_report(free, QGaLoreConfig(rank=4)).total - memory_report(frozen, QGaLoreConfig(rank=4)).total
+    assert difference == 8 * 24 * 40
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------

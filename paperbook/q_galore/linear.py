@@ -183,7 +183,7 @@ def _moved(value, device):
         return Quantized(*(t.to(device) for t in (value.codes, value.scale, value.zero)), value.shape, value.bits)
     return None if value is None else value.to(device)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #e8819c0b
+# %% ../../nbs/03_q_galore/06_linear.ipynb #a637523f
 TARGETS = r"(?i)attn|attention|mlp"
 
 
@@ -227,7 +227,7 @@ def quantize_weights_(model, config=None, target_modules=TARGETS):
 
 
 def mark_quantized_(model):
-    """Tell DistributedDataParallel that the layers average by themselves, and `from_pretrained` that it cannot read these weights."""
+    """Tell DistributedDataParallel that the layers average by themselves, and mark the configuration, so that `from_pretrained` warns of codes that it cannot read."""
     names = [f"{name}.projected" for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     model._ddp_params_and_buffers_to_ignore = names
     if hasattr(model, "config"):

@@ -50,7 +50,7 @@ def round_bfloat16(w, key, start=0):
     noise = (uniform_noise(key, w.numel(), start, w.device) * 65536).to(torch.int32).view(w.shape)
     return ((w.contiguous().view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #428bb3ad
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #3e270bf5
 class QGaLoreAdamW(torch.optim.Optimizer):
     """AdamW with projected gradients, 8-bit states and 8-bit weights.
 
@@ -132,6 +132,8 @@ class QGaLoreAdamW(torch.optim.Optimizer):
             if projector.due(step):
                 projector.refresh(g, step)
             g = projector.down(g)
+        if projector and projector.basis is None and not projector.full:
+            return  # its gradients have been zero so far
         if group["max_grad_norm"] is not None:
             g = g * (group["max_grad_norm"] / (torch.linalg.vector_norm(g.float()) + 1e-6)).clamp(max=1).to(g.dtype)
         state["step"] = step = step + 1
