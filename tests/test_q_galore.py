@@ -20,12 +20,11 @@ from paperbook.q_galore import (
     leading_basis,
     memory_report,
     qgalore_param_groups,
-    quantize,
     quantize_weights_,
 )
 from paperbook.q_galore.kernels import adam8, new_state8, update_int8_
 from paperbook.q_galore.projection import Projector
-from paperbook.q_galore.quantize import Quantized, noise_key, uniform_noise
+from paperbook.q_galore.quantize import Quantized, noise_key, quantize, uniform_noise
 
 
 class Net(nn.Module):

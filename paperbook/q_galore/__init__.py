@@ -4,7 +4,7 @@ from .linear import Int8Linear, dequantize_, quantize_weights_
 from .memory import MemoryReport, build_quantized, memory_report
 from .optimizer import QGaLoreAdamW, fused_backward, qgalore_param_groups
 from .projection import QGaLoreConfig, leading_basis, subspace_overlap
-from .quantize import Quantized, quantize
+from .quantize import Quantized
 
 __all__ = ["Int8Linear", "MemoryReport", "QGaLoreAdamW", "QGaLoreConfig", "Quantized", "build_quantized", "dequantize_", "fused_backward", "leading_basis", "memory_report", "qgalore_param_groups",
-           "quantize", "quantize_weights_", "subspace_overlap"]
+           "quantize_weights_", "subspace_overlap"]
