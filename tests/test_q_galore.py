@@ -124,6 +124,18 @@ def test_a_cast_leaves_the_scales_alone():
     assert torch.equal(model.mlp[0].scale, cast.mlp[0].scale) and cast.mlp[0].scale.dtype == torch.float32
 
 
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 9), m=st.integers(2, 40), n=st.integers(2, 40), rank=st.integers(1, 9), solver=st.sampled_from(["svd", "subspace"]), seed=st.integers(0, 99))
+def test_the_factors_of_a_gradient_give_its_projection(tokens, m, n, rank, solver, seed):
+    generator = torch.Generator().manual_seed(seed)
+    g, x = torch.randn(tokens, m, generator=generator), torch.randn(tokens, n, generator=generator)
+    projector = Projector((m, n), QGaLoreConfig(rank=min(rank, m, n), solver=solver))
+    assert torch.equal(projector.down_product(g, x), projector.down(g.T @ x))  # nothing was looked at yet
+    projector.refresh(g.T @ x, 0)
+    wanted = projector.down(g.double().T @ x.double())
+    assert (projector.down_product(g, x) - wanted).abs().max() <= 1e-4 * max(1, wanted.abs().max())
+
+
 # -- wrong input -----------------------------------------------------------------------------------------------------
 
 
@@ -525,3 +537,20 @@ def test_states_on_cuda_are_those_of_the_cpu():
     g = torch.randn(1000)
     here, there = new_state8(g), new_state8(g.cuda())
     torch.testing.assert_close(adam8(here, g, 1), adam8(there, g.cuda(), 1).cpu(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_layer_without_gradient_does_not_spoil_the_checkpoint():
+    model = net()
+    optimizer = QGaLoreAdamW(model.parameters(), lr=1e-2)
+    for step in range(2):  # the second layer's gradient is zero
+        (model.mlp[2](model.mlp[1](model.mlp[0](model.embed(ids(step))))) * 0).sum().backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert model.mlp[2].projector.basis is None and model.mlp[2].step == 0
+    other = net()
+    other.load_state_dict(model.state_dict())
+    resumed = QGaLoreAdamW(other.parameters(), lr=1e-2)
+    train(other, resumed, 2)  # what it knows must go
+    other.load_state_dict(model.state_dict()), resumed.load_state_dict(optimizer.state_dict())
+    train(model, optimizer), train(other, resumed)
+    assert model.mlp[2].step == other.mlp[2].step == 5
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), other.state_dict().values(), strict=True))

@@ -175,16 +175,12 @@ def test_notebook_takes_parameters(path):
 
 
 # A debt, not a licence: classes that are still one cell each. Split them, and take their notebook off this list.
-TO_BE_SPLIT = {f"03_q_galore/{name}.ipynb" for name in ("03_projection", "04_kernels", "06_linear", "07_optimizer", "08_memory", "09_cli")}
-
-
 @every_notebook
 def test_notebook_can_be_read(path):
     words = sum(len(cell["source"].split()) for cell in cells(path, "markdown"))
     assert words >= 250, f"{words} words of prose: the reader wants the why"
     long = [cell["source"].splitlines()[0] for cell in cells(path, "code") if len(cell["source"].splitlines()) > 45]
-    owed = path.relative_to(path.parents[1]).as_posix() in TO_BE_SPLIT
-    assert bool(long) == owed, f"one idea a cell; these are over 45 lines: {long}" if long else "nothing is left to split: take it off TO_BE_SPLIT"
+    assert not long, f"one idea a cell; these are over 45 lines: {long}"
     first = cells(path, "markdown")[0]["source"]
     assert re.match(r"# .+\n+> .+", first), "the first cell is a title and one sentence in a quote"
 

@@ -3,8 +3,8 @@
 from .linear import Int8Linear, dequantize_, quantize_weights_
 from .memory import MemoryReport, build_quantized, memory_report
 from .optimizer import QGaLoreAdamW, fused_backward, qgalore_param_groups
-from .projection import QGaLoreConfig, leading_basis, subspace_overlap
+from .projection import QGaLoreConfig, leading_basis
 from .quantize import Quantized
 
 __all__ = ["Int8Linear", "MemoryReport", "QGaLoreAdamW", "QGaLoreConfig", "Quantized", "build_quantized", "dequantize_", "fused_backward", "leading_basis", "memory_report", "qgalore_param_groups",
-           "quantize_weights_", "subspace_overlap"]
+           "quantize_weights_"]

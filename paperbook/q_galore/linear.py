@@ -17,10 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .projection import Projector, QGaLoreConfig
 from .quantize import Quantized, quantize
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #ff0c6bb4
+# %% ../../nbs/03_q_galore/06_linear.ipynb #d59a17ce
 _LAYERS = weakref.WeakValueDictionary()  # handle -> Int8Linear: operators take tensors and numbers only
 
-
+# %% ../../nbs/03_q_galore/06_linear.ipynb #3a8965d0
 def _only_q_galore(optimizer, args, kwargs):
     """Raise before another optimizer writes into `projected`, which has no memory to write to."""
     projected = any(hasattr(p, "int8_handle") for group in optimizer.param_groups for p in group["params"])
@@ -28,9 +28,9 @@ def _only_q_galore(optimizer, args, kwargs):
         raise TypeError(f"{type(optimizer).__name__} cannot train Int8Linear layers. Use QGaLoreAdamW, in a Trainer by optimizer_cls_and_kwargs=(QGaLoreAdamW, {{...}}), or dequantize_(model) first.")
 
 
-register_optimizer_step_pre_hook(_only_q_galore)
+_guard = register_optimizer_step_pre_hook(_only_q_galore)
 
-
+# %% ../../nbs/03_q_galore/06_linear.ipynb #e5487c93
 @torch.library.custom_op("paperbook::int8_linear", mutates_args=())
 def int8_linear(x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, projected: torch.Tensor,
                 handle: int, out_features: int) -> torch.Tensor:
@@ -43,10 +43,9 @@ def int8_linear_backward(grad: torch.Tensor, x: torch.Tensor, qweight: torch.Ten
                          projected: torch.Tensor, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of the input, from the weights of the forward pass, and the projected gradient of the weights."""
     layer = _LAYERS[handle]
-    G = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    return grad @ layer.dequantized(grad.dtype), layer.project(G).to(projected.dtype)
+    return grad @ layer.dequantized(grad.dtype), layer.project(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])).to(projected.dtype)
 
-
+# %% ../../nbs/03_q_galore/06_linear.ipynb #448b6383
 @int8_linear.register_fake
 def _(x, qweight, scale, zero, projected, handle, out_features):
     return x.new_empty(*x.shape[:-1], out_features)
@@ -73,42 +72,17 @@ def _backward(ctx, grad):
 
 int8_linear.register_autograd(_backward, setup_context=_setup)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #0136d76a
-class Int8Linear(nn.Module):
-    """`nn.Linear` whose weight exists as 8-bit codes only, and whose weight gradient comes out projected.
+# %% ../../nbs/03_q_galore/06_linear.ipynb #72268708
+class _Codes(nn.Module):
+    """A weight (out, in) as 8-bit codes, in tensors that a state dict holds and a cast leaves alone."""
 
-    linear: the layer to take over; its weight is quantized to the nearest code, its bias is kept.
-    config: a `QGaLoreConfig`. name: for messages. index: sets the layer's random numbers apart.
-    Its state dict has qweight uint8 (groups, group_size), scale float32 (groups,), zero uint8 (groups,), and bias.
-    Raises ValueError when the rank is larger than the short side.
-    """
-
-    def __init__(self, linear, config, name="the layer", index=0):
+    def __init__(self, weight, group_size):
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.projector = Projector(linear.weight.shape, config, name, index)
-        self.step = 0  # optimizer steps taken, kept by the optimizer
-        made = quantize(linear.weight, 8, config.group_size)
+        self.out_features, self.in_features = weight.shape
+        made = quantize(weight, 8, group_size)
         self.qweight = nn.Parameter(made.codes, requires_grad=False)
         self.register_buffer("scale", made.scale)
         self.register_buffer("zero", made.zero)
-        self.bias = linear.bias
-        self.projected = nn.Parameter(_expanded(self.projector.projected_shape, linear.weight))
-        self._announce()
-
-    def _announce(self):
-        """Make the layer known under its handle, and its parameter know its layer."""
-        self.handle = id(self)
-        _LAYERS[self.handle] = self
-        self.projected.int8_handle = self.handle
-
-    def __setstate__(self, state):  # after copy.deepcopy and after unpickling
-        super().__setstate__(state)
-        self.projected = nn.Parameter(_expanded(self.projector.projected_shape, self.projected), self.projected.requires_grad)
-        self._announce()
-
-    def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "handle"}
 
     @property
     def quantized(self):
@@ -119,32 +93,40 @@ class Int8Linear(nn.Module):
         """The weight (out_features, in_features) in `dtype`."""
         return self.quantized.dequantize(dtype)
 
-    @property
-    def weight(self):
-        """The weight in the dtype the layer was made with: a copy, without gradient, for those who look at it."""
-        return self.dequantized(self.projected.dtype)
-
-    def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = int8_linear(x, self.qweight, self.scale, self.zero, self.projected, self.handle, self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    @torch.no_grad()
-    def project(self, G):
-        """The projected gradient of G (out, in), after a look at its subspace if one is due; averaged over all ranks."""
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
-        if self.projector.due(self.step):
-            self.projector.refresh(_mean(G, ranks), self.step)
-        return _mean(self.projector.down(G), ranks)
-
     def _apply(self, fn, recurse=True):
         scale, self.scale = self.scale, None
         super()._apply(fn, recurse)
         self.scale = fn(scale.view(torch.int32)).view(torch.float32)  # a change of dtype leaves integers alone
+        return self
+
+# %% ../../nbs/03_q_galore/06_linear.ipynb #e42eefb6
+def _expanded(shape, like):
+    """Zeros of `shape` that take the memory of one, with the dtype and device of `like`."""
+    return torch.zeros(1, 1, dtype=like.dtype, device=like.device).expand(shape)
+
+
+class _Projected(_Codes):
+    """Codes with a projector, and the parameter `projected` that takes the projected gradient."""
+
+    def __init__(self, weight, config, name, index):
+        super().__init__(weight, config.group_size)
+        self.projector = Projector(weight.shape, config, name, index)
+        self.step = 0  # optimizer steps taken, kept by the optimizer
+        self._renew(weight, True)
+
+    def _renew(self, like, requires_grad):
+        self.projected = nn.Parameter(_expanded(self.projector.projected_shape, like), requires_grad)
+        self.projected.int8_handle = id(self)
+        _LAYERS[id(self)] = self
+
+    def __setstate__(self, state):  # after copy.deepcopy and after unpickling
+        super().__setstate__(state)
+        self._renew(self.projected, self.projected.requires_grad)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
         self.projected.data = _expanded(self.projector.projected_shape, self.projected)
-        for name in ("basis", "top"):
-            setattr(self.projector, name, _moved(getattr(self.projector, name), self.scale.device))
+        self.projector.to(self.scale.device)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -154,10 +136,49 @@ class Int8Linear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict({f"{prefix}projected": self.projected.detach()} | state_dict, prefix, *args)
 
+# %% ../../nbs/03_q_galore/06_linear.ipynb #dcf01b60
+class Int8Linear(_Projected):
+    """`nn.Linear` whose weight exists as 8-bit codes only, and whose weight gradient comes out projected.
+
+    linear: the layer to take over; its weight is quantized to the nearest code, its bias is kept.
+    config: a `QGaLoreConfig`. name: for messages. index: sets the layer's random numbers apart.
+    Its state dict has qweight uint8 (groups, group_size), scale float32 (groups,), zero uint8 (groups,), and bias.
+    Raises ValueError when the rank is larger than the short side.
+    """
+
+    def __init__(self, linear, config, name="the layer", index=0):
+        super().__init__(linear.weight, config, name, index)
+        self.bias = linear.bias
+
+    @property
+    def weight(self):
+        """The weight in the dtype the layer was made with: a copy, without gradient, for those who look at it."""
+        return self.dequantized(self.projected.dtype)
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = int8_linear(x, self.qweight, self.scale, self.zero, self.projected, id(self), self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def project(self, grad, x):
+        """The projected gradient for grad (t, out) and x (t, in), after a look at the subspace if one is due; averaged over all ranks."""
+        if self.projector.due(self.step):
+            self.projector.refresh(_mean_over_ranks(grad.T @ x), self.step)
+        return _mean_over_ranks(self.projector.down_product(grad, x))
+
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, rank={self.projector.config.rank}"
 
 
+def _mean_over_ranks(tensor):
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and (ranks := torch.distributed.get_world_size()) > 1:
+        torch.distributed.all_reduce(tensor)
+        tensor /= ranks
+    return tensor
+
+# %% ../../nbs/03_q_galore/06_linear.ipynb #67d04047
 def layer_of(parameter):
     """The `Int8Linear` whose `projected` this parameter is, or None. Raises RuntimeError when that layer is gone."""
     handle = getattr(parameter, "int8_handle", None)
@@ -165,25 +186,7 @@ def layer_of(parameter):
         raise RuntimeError("the model that this parameter belongs to no longer exists. Keep a reference to the model as long as its optimizer is used.")
     return None if handle is None else _LAYERS[handle]
 
-
-def _expanded(shape, like):
-    """Zeros of `shape` that take the memory of one, with the dtype and device of `like`."""
-    return torch.zeros(1, 1, dtype=like.dtype, device=like.device).expand(shape)
-
-
-def _mean(tensor, ranks):
-    if ranks > 1:
-        torch.distributed.all_reduce(tensor)
-        tensor /= ranks
-    return tensor
-
-
-def _moved(value, device):
-    if isinstance(value, Quantized):
-        return Quantized(*(t.to(device) for t in (value.codes, value.scale, value.zero)), value.shape, value.bits)
-    return None if value is None else value.to(device)
-
-# %% ../../nbs/03_q_galore/06_linear.ipynb #a637523f
+# %% ../../nbs/03_q_galore/06_linear.ipynb #6569c8a3
 TARGETS = r"(?i)attn|attention|mlp"
 
 
@@ -200,7 +203,7 @@ def target_linears(model, target_modules=TARGETS):
         raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear of {type(model).__name__}; {seen[:600]}.")
     return found
 
-
+# %% ../../nbs/03_q_galore/06_linear.ipynb #fa3bfb95
 def quantize_weights_(model, config=None, target_modules=TARGETS):
     """Replace the target `nn.Linear` modules of a model by `Int8Linear`, in place; returns the model.
 
@@ -225,15 +228,16 @@ def quantize_weights_(model, config=None, target_modules=TARGETS):
         model.set_submodule(name, Int8Linear(linear, config, name, index).train(linear.training))
     return mark_quantized_(model)
 
-
+# %% ../../nbs/03_q_galore/06_linear.ipynb #ff294cf6
 def mark_quantized_(model):
     """Tell DistributedDataParallel that the layers average by themselves, and mark the configuration, so that `from_pretrained` warns of codes that it cannot read."""
     names = [f"{name}.projected" for name, module in model.named_modules() if isinstance(module, Int8Linear)]
-    model._ddp_params_and_buffers_to_ignore = names
-    if hasattr(model, "config"):
-        model.config.quantization_config = {"quant_method": "q_galore"} if names else None
-        if not names:
-            del model.config.quantization_config
+    others = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith(".projected")]
+    model._ddp_params_and_buffers_to_ignore = others + names
+    if names and hasattr(model, "config"):
+        model.config.quantization_config = {"quant_method": "q_galore"}
+    elif hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config
     return model
 
 

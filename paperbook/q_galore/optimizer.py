@@ -5,17 +5,23 @@
 # %% auto #0
 __all__ = ['PIECE', 'qgalore_param_groups', 'round_bfloat16', 'QGaLoreAdamW', 'fused_backward']
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #e3b8457a
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #a2784aa5
 import math
 import warnings
 from contextlib import contextmanager
 
 import torch
 
-from .kernels import STATE_BLOCK, _adam, adam8, new_state8, update_int8_
+from .kernels import MIN_8BIT, STATE_BLOCK, _adam, adam8, new_state8, update_int8_
 from .linear import TARGETS, Int8Linear, layer_of, target_linears
 from .projection import Projector, QGaLoreConfig, load_projector_state, projector_state
 from .quantize import noise_key, uniform_noise
+
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #30ca85df
+def _projector(p):
+    """The projector of a parameter, or None."""
+    layer = layer_of(p)
+    return layer.projector if layer else getattr(p, "projector", None)
 
 # %% ../../nbs/03_q_galore/07_optimizer.ipynb #ff051b45
 def qgalore_param_groups(model, config=None, target_modules=TARGETS, weight_decay=0.0):
@@ -50,8 +56,160 @@ def round_bfloat16(w, key, start=0):
     noise = (uniform_noise(key, w.numel(), start, w.device) * 65536).to(torch.int32).view(w.shape)
     return ((w.contiguous().view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #3e270bf5
-class QGaLoreAdamW(torch.optim.Optimizer):
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #3b15f0aa
+def _eight_bits(states, count, projected):
+    return states == "8bit" and (projected or count >= MIN_8BIT)
+
+
+def _normalized(state, g, step, group, projected=False, start=0, total=None):
+    """@eq-q-galore-adam for gradient g, numbers `start` and following of `total`, from moments in the format of the group."""
+    total = total or g.numel()
+    if _eight_bits(group["states"], total, projected):
+        if "exp_avg" not in state:
+            state.update(new_state8(torch.empty(total, device=g.device)))
+        blocks = slice(start // STATE_BLOCK, -(-(start + g.numel()) // STATE_BLOCK))
+        return adam8({name: state[name][blocks] for name in ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")}, g, step, group["betas"], group["eps"])
+    if "exp_avg" not in state:
+        state.update({name: torch.zeros(total, device=g.device) for name in ("exp_avg", "exp_avg_sq")})
+    part = slice(start, start + g.numel())
+    return _adam(state["exp_avg"][part].view(g.shape), state["exp_avg_sq"][part].view(g.shape), g.float(), step, group["betas"], group["eps"])
+
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #f7ed1fbc
+def _step_plain(p, g, state, group, step, key):
+    """AdamW on a parameter that is not projected; `key` is for the rounding of bfloat16."""
+    flat, g, lr, keep = p.view(-1) if p.is_contiguous() else p.flatten(), g.flatten(), group["lr"], 1 - group["lr"] * group["weight_decay"]
+    for start in range(0, p.numel(), PIECE):
+        w, N = flat[start : start + PIECE], _normalized(state, g[start : start + PIECE], step, group, False, start, p.numel())
+        if p.dtype == torch.bfloat16:
+            w.copy_(round_bfloat16(w.float() * keep - lr * N, key, start))
+        else:
+            (w if keep == 1 else w.mul_(keep)).add_(N.to(p.dtype), alpha=-lr)
+    if not p.is_contiguous():
+        p.copy_(flat.view(p.shape))
+
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #232f7e27
+def _step_projected(p, R, state, group, step, projector, layer):
+    """AdamW on the projected gradient R of a float weight p, or of the codes of `layer`, @eq-q-galore-update."""
+    config, N, keep = projector.config, _normalized(state, R, step, group, True), 1 - group["lr"] * group["weight_decay"]
+    key, lr = noise_key(config.seed, projector.index, step), group["lr"] * config.scale
+    if layer:
+        P = None if projector.full else projector.matrix()
+        update_int8_(layer.quantized, N, P, projector.right, lr, keep, key if config.stochastic_rounding else None)
+        layer.step = step
+    else:
+        w = (p.float() - lr * projector.up(N)).mul_(keep)
+        p.copy_(round_bfloat16(w, key) if p.dtype == torch.bfloat16 else w)
+
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #724c5976
+class _Stepping(torch.optim.Optimizer):
+    """Steps of parameters, projected or not."""
+
+    def _places(self):
+        """(place, group, parameter) of all parameters; the place is the index in a state dict."""
+        return enumerate((group, p) for group in self.param_groups for p in group["params"])
+
+    def _projected(self):
+        """(place, parameter) of each that is projected; raises when its layer is gone."""
+        return [(place, p) for place, (_, p) in self._places() if _projector(p)]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step with the gradients that are there. closure: evaluates the model again and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(layer is not None and layer.projected is not p for _, p in self._projected() for layer in [layer_of(p)]):
+            raise RuntimeError("this optimizer was copied or belongs to layers that were replaced. Make a new QGaLoreAdamW for the model.")
+        work = [(place, group, p) for place, (group, p) in self._places() if p.grad is not None]
+        self._check(work)
+        for place, group, p in work:
+            self._update(place, group, p)
+        return loss
+
+    def _update(self, place, group, p):
+        """The step of one parameter; its gradient is known to be finite."""
+        projector, layer, g = _projector(p), layer_of(p), p.grad
+        step = self.state[p].get("step", 0) if p in self.state else 0
+        if projector and not layer:
+            if projector.due(step):
+                projector.refresh(g, step)
+            g = projector.down(g)
+        if projector and projector.basis is None and not projector.full:
+            return  # its gradients have been zero so far
+        if group["max_grad_norm"] is not None:
+            g = g * (group["max_grad_norm"] / (torch.linalg.vector_norm(g.float()) + 1e-6)).clamp(max=1).to(g.dtype)
+        state = self.state[p]
+        state["step"] = step = step + 1
+        if projector:
+            return _step_projected(p, g, state, group, step, projector, layer)
+        seed = next(found.config.seed for _, (_, q) in self._places() if (found := _projector(q)))
+        _step_plain(p, g, state, group, step, noise_key(seed, (1 << 32) + place, step))
+
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #8576ff9e
+class _Checked(_Stepping):
+    """What must hold before anything is changed."""
+
+    def _check(self, work):
+        """Raise when a gradient is sharded or not finite."""
+        if any(hasattr(p, "device_mesh") for _, _, p in work):
+            raise NotImplementedError("FSDP2 shards parameters (DTensor), and QGaLoreAdamW does not support it: the codes of Int8Linear stay whole on each rank. "
+                                      "Use DistributedDataParallel; memory_report says what one GPU needs.")
+        if not work:
+            return
+        sums = torch.stack([p.grad.sum(dtype=torch.float32).to(work[0][2].device) for _, _, p in work])  # one bad number makes the sum bad
+        if not torch.isfinite(sums).all():
+            bad = [self._name(place, p) for (place, _, p), finite in zip(work, torch.isfinite(sums).tolist(), strict=True) if not finite]
+            raise FloatingPointError(f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity: no parameter was changed by this step. "
+                                     "Look for the cause in the batch or the learning rate; under float16 use a GradScaler, which skips such steps.")
+
+    def _name(self, place, p):
+        projector = _projector(p)
+        return projector.name if projector else f"parameter {place} of the optimizer, of shape {tuple(p.shape)},"
+
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #060a5014
+class _Resumable(_Checked):
+    """Checkpoints of tensors and numbers."""
+
+    def state_dict(self):
+        """As in torch, with each projector's tensors and numbers under its parameter's state."""
+        made = super().state_dict()
+        for place, p in self._projected():
+            if place in made["state"]:
+                made["state"][place] = made["state"][place] | {"projector": projector_state(_projector(p))}
+        return made
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        """Restore a run, bit for bit. Raises ValueError when rank, group size, bits or shapes are not this run's."""
+        places = [(group, p) for _, (group, p) in self._places()]
+        for place, saved in state_dict["state"].items():
+            self._check_saved(place, *places[place], saved)
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for place, p in self._projected():
+            if place not in state_dict["state"]:  # it had not taken a step
+                _projector(p).reset()
+        for place, saved in state_dict["state"].items():
+            p, saved = places[place][1], dict(saved)
+            if projector := _projector(p):
+                load_projector_state(projector, saved.pop("projector"), p.device)
+                if layer := layer_of(p):
+                    layer.step = saved["step"]
+            self.state[p] = {name: value.detach().clone().to(p.device) if torch.is_tensor(value) else value for name, value in saved.items()}
+
+    def _check_saved(self, place, group, p, saved):
+        """Raise ValueError unless `saved` is the state of a parameter like p, with moments in the format of its group."""
+        projector, states = _projector(p), group["states"]
+        if projector and "projector" not in saved:
+            raise ValueError(f"the checkpoint holds no projector for {projector.name}: it is not of a QGaLoreAdamW with the same parameters in the same order.")
+        count = math.prod(projector.projected_shape) if projector else p.numel()
+        made = new_state8(torch.empty(count, device="meta")) if _eight_bits(states, count, projector) else dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.empty(count, device="meta"))
+        wanted, found = ({name: tuple(t.shape) for name, t in some.items() if torch.is_tensor(t)} for some in (made, saved))
+        if found != wanted:
+            raise ValueError(f"the checkpoint's moments of {self._name(place, p)} are {found}, this run needs {wanted}. Use the model and the states ({states!r}) of the checkpoint.")
+
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #0c531237
+class QGaLoreAdamW(_Resumable):
     """AdamW with projected gradients, 8-bit states and 8-bit weights.
 
     params: `model.parameters()` of a model of `quantize_weights_`, or the groups of `qgalore_param_groups`.
@@ -81,150 +239,11 @@ class QGaLoreAdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, states=states))
         if not self._projected():
             raise ValueError("none of params is projected. Call quantize_weights_(model, config) before the optimizer is made, or pass qgalore_param_groups(model, config).")
-        small = [group["lr"] * projector.config.scale for group in self.param_groups for p in group["params"] if (projector := _projector(p))]
+        small = [group["lr"] * projector.config.scale for _, (group, p) in self._places() if (projector := _projector(p))]
         if 0 < min(small) < 1e-6:
             warnings.warn(f"lr * scale = {min(small):.1e}: steps this small are lost in the rounding noise of 8-bit weights. Q-GaLore's lr is about 0.004 to 0.015, ten times AdamW's.", stacklevel=2)
 
-    def _projected(self):
-        """(index, parameter) of each that is projected; raises when a layer is gone."""
-        return [(index, p) for index, p in enumerate(p for group in self.param_groups for p in group["params"]) if _projector(p)]
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Take one step with the gradients that are there. closure: evaluates the model again and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if any(layer is not None and layer.projected is not p for _, p in self._projected() for layer in [layer_of(p)]):
-            raise RuntimeError("this optimizer was copied or belongs to layers that were replaced. Make a new QGaLoreAdamW for the model.")
-        work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self._check(work)
-        for group, p in work:
-            self._update(group, p)
-        return loss
-
-    def _check(self, work):
-        """Raise when a gradient is sharded or not finite."""
-        if any(hasattr(p, "device_mesh") for _, p in work):
-            raise NotImplementedError("FSDP2 shards parameters (DTensor), and QGaLoreAdamW does not support it: the codes of Int8Linear stay whole on each rank. "
-                                      "Use DistributedDataParallel; memory_report says what one GPU needs.")
-        if not work:
-            return
-        sums = torch.stack([p.grad.sum(dtype=torch.float32).to(work[0][1].device) for _, p in work])  # one bad number makes the sum bad
-        if not torch.isfinite(sums).all():
-            bad = [self._name(p) for (_, p), finite in zip(work, torch.isfinite(sums).tolist(), strict=True) if not finite]
-            raise FloatingPointError(f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity: no parameter was changed by this step. "
-                                     "Look for the cause in the batch or the learning rate; under float16 use a GradScaler, which skips such steps.")
-
-    def _name(self, p):
-        if projector := _projector(p):
-            return projector.name
-        places = [(g, i) for g, group in enumerate(self.param_groups) for i, q in enumerate(group["params"]) if q is p]
-        return f"parameter {places[0][1]} of group {places[0][0]}, shape {tuple(p.shape)},"
-
-    def _update(self, group, p):
-        """The step of one parameter; its gradient is known to be finite."""
-        state, projector, g = self.state[p], _projector(p), p.grad
-        layer = layer_of(p)
-        step = state.setdefault("step", 0)
-        if projector and not layer:
-            if projector.due(step):
-                projector.refresh(g, step)
-            g = projector.down(g)
-        if projector and projector.basis is None and not projector.full:
-            return  # its gradients have been zero so far
-        if group["max_grad_norm"] is not None:
-            g = g * (group["max_grad_norm"] / (torch.linalg.vector_norm(g.float()) + 1e-6)).clamp(max=1).to(g.dtype)
-        state["step"] = step = step + 1
-        lr, keep = group["lr"], 1 - group["lr"] * group["weight_decay"]
-        if not projector:
-            return self._update_plain(p, state, g, step, group, lr, keep)
-        N = self._normalized(state, g, step, group, True)
-        if layer:
-            config = projector.config
-            key = noise_key(config.seed, projector.index, step) if config.stochastic_rounding else None
-            P = None if projector.full else projector.matrix()
-            update_int8_(layer.quantized, N, P, projector.right, lr * config.scale, keep, key)
-            layer.step = step
-        else:
-            w = (p.float() - lr * projector.config.scale * projector.up(N)).mul_(keep)
-            p.copy_(round_bfloat16(w, noise_key(projector.config.seed, projector.index, step)) if p.dtype == torch.bfloat16 else w)
-
-    def _update_plain(self, p, state, g, step, group, lr, keep):
-        """AdamW on a parameter that is not projected, piece by piece: no temporary is larger than a piece."""
-        flat, g = p.view(-1) if p.is_contiguous() else p.flatten(), g.flatten()
-        for start in range(0, p.numel(), PIECE):
-            w, N = flat[start : start + PIECE], self._normalized(state, g[start : start + PIECE], step, group, False, start, p.numel())
-            if p.dtype == torch.bfloat16:
-                w.copy_(round_bfloat16(w.float() * keep - lr * N, self._key(p, step), start))
-            else:
-                (w if keep == 1 else w.mul_(keep)).add_(N.to(p.dtype), alpha=-lr)
-        if not p.is_contiguous():
-            p.copy_(flat.view(p.shape))
-
-    def _key(self, p, step):
-        """The key of a parameter that is not projected: its place among all parameters sets it apart."""
-        place = next(i for i, q in enumerate(q for group in self.param_groups for q in group["params"]) if q is p)
-        return noise_key(_projector(self._projected()[0][1]).config.seed, (1 << 32) + place, step)
-
-    def _normalized(self, state, g, step, group, projected, start=0, total=None):
-        """Adam's update of gradient g, float32, from moments in the optimizer's format; g may be a piece of `total` numbers."""
-        total = total or g.numel()
-        if group["states"] == "8bit" and (projected or total >= 4096):
-            if "exp_avg" not in state:
-                state.update(new_state8(torch.empty(total, device=g.device)))
-            blocks = slice(start // STATE_BLOCK, -(-(start + g.numel()) // STATE_BLOCK))
-            return adam8({name: state[name][blocks] for name in ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")}, g, step, group["betas"], group["eps"])
-        if "exp_avg" not in state:
-            state.update({name: torch.zeros(total, device=g.device) for name in ("exp_avg", "exp_avg_sq")})
-        part = slice(start, start + g.numel())
-        return _adam(state["exp_avg"][part].view(g.shape), state["exp_avg_sq"][part].view(g.shape), g.float(), step, group["betas"], group["eps"])
-
-    def state_dict(self):
-        """As in torch, with each projector's tensors and numbers under its parameter's state."""
-        made = super().state_dict()
-        for index, p in self._projected():
-            if index in made["state"]:
-                made["state"][index] = made["state"][index] | {"projector": projector_state(_projector(p))}
-        return made
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict):
-        """Restore a run, bit for bit. Raises ValueError when rank, group size, bits or shapes are not this run's."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        kinds = [group["states"] for group in self.param_groups for _ in group["params"]]
-        for index, saved in state_dict["state"].items():
-            self._check_saved(params[index], saved, kinds[index])
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for index, saved in state_dict["state"].items():
-            p, saved = params[index], dict(saved)
-            if projector := _projector(p):
-                load_projector_state(projector, saved.pop("projector"), p.device)
-                if layer := layer_of(p):
-                    layer.step = saved["step"]
-            self.state[p] = {name: value.detach().clone().to(p.device) if torch.is_tensor(value) else value for name, value in saved.items()}
-
-
-    def _check_saved(self, p, saved, states):
-        """Raise ValueError unless `saved` is the state of a parameter like p, with moments in the format of `states`."""
-        projector = _projector(p)
-        if projector and "projector" not in saved:
-            raise ValueError(f"the checkpoint holds no projector for {projector.name}: it is not of a QGaLoreAdamW with the same parameters in the same order.")
-        count = math.prod(projector.projected_shape) if projector else p.numel()
-        eight = states == "8bit" and (projector or count >= 4096)
-        wanted = {name: tuple(t.shape) for name, t in new_state8(torch.empty(count, device="meta")).items()} if eight else {"exp_avg": (count,), "exp_avg_sq": (count,)}
-        found = {name: tuple(t.shape) for name, t in saved.items() if torch.is_tensor(t)}
-        if found != wanted:
-            raise ValueError(f"the checkpoint's moments of {self._name(p)} are {found}, this run needs {wanted}. Use the model and the states ({states!r}) of the checkpoint.")
-
-
-def _projector(p):
-    """The projector of a parameter, or None."""
-    layer = layer_of(p)
-    return layer.projector if layer else getattr(p, "projector", None)
-
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #22451b22
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #528444a7
 @contextmanager
 def fused_backward(optimizer, accumulation_steps=1, max_grad_norm=None):
     """Inside, `loss.backward()` also takes the optimizer's step, parameter by parameter, and frees each gradient.
@@ -247,16 +266,16 @@ def fused_backward(optimizer, accumulation_steps=1, max_grad_norm=None):
         raise RuntimeError("fused_backward is active for this optimizer already. Leave the outer or the inner one out.")
     optimizer.fused = True
 
-    def hook(group):
+    def hook(place, group):
         @torch.no_grad()
         def take(p):
-            optimizer._check([(group, p)])
-            optimizer._update(group, p)
+            optimizer._check([(place, group, p)])
+            optimizer._update(place, group, p)
             p.grad = None
 
         return take
 
-    handles = [p.register_post_accumulate_grad_hook(hook(group)) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(hook(place, group)) for place, (group, p) in optimizer._places() if p.requires_grad]
     try:
         yield optimizer
     finally:

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['affine_range', 'noise_key', 'uniform_noise', 'pack_int4', 'unpack_int4', 'Quantized', 'quantize']
 
-# %% ../../nbs/03_q_galore/02_quantize.ipynb #590e88f0
+# %% ../../nbs/03_q_galore/02_quantize.ipynb #198bcd0a
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numba import njit
 
 # %% ../../nbs/03_q_galore/02_quantize.ipynb #4743b702
 def affine_range(groups, bits):
@@ -64,7 +66,16 @@ def unpack_int4(packed):
     """The inverse of `pack_int4`: uint8 (..., n) to (..., 2 n)."""
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
-# %% ../../nbs/03_q_galore/02_quantize.ipynb #89595f9e
+# %% ../../nbs/03_q_galore/02_quantize.ipynb #91cdb365
+@njit(boundscheck=False, error_model="numpy", cache=True)
+def _dequantize4(packed, scale, zero, out):
+    for g in range(len(packed)):
+        step, nought = scale[g], np.float32(zero[g])
+        for i in range(packed.shape[1]):
+            out[g, 2 * i] = (np.float32(packed[g, i] & np.uint8(15)) - nought) * step
+            out[g, 2 * i + 1] = (np.float32(packed[g, i] >> np.uint8(4)) - nought) * step
+
+# %% ../../nbs/03_q_galore/02_quantize.ipynb #a91f1aa6
 @dataclass
 class Quantized:
     """A tensor as codes of 4 or 8 bits with a scale and a zero point for each group, @eq-q-galore-affine."""
@@ -77,16 +88,24 @@ class Quantized:
 
     def dequantize(self, dtype=torch.float32):
         """The tensor that the codes stand for, of `shape` and `dtype`; the arithmetic is float32."""
-        codes = unpack_int4(self.codes) if self.bits == 4 else self.codes
-        values = (codes.float() - self.zero.float()[:, None]) * self.scale[:, None]
+        if self.bits == 4 and self.codes.device.type == "cpu":
+            values = torch.empty(len(self.codes), 2 * self.codes.shape[1])
+            _dequantize4(*(t.numpy() for t in (self.codes, self.scale, self.zero, values)))
+        else:
+            codes = unpack_int4(self.codes) if self.bits == 4 else self.codes
+            values = codes.float().sub_(self.zero.float()[:, None]).mul_(self.scale[:, None])
         return values.flatten()[: math.prod(self.shape)].view(self.shape).to(dtype)
+
+    def to(self, device):
+        """The same on another device."""
+        return Quantized(self.codes.to(device), self.scale.to(device), self.zero.to(device), self.shape, self.bits)
 
     @property
     def nbytes(self):
         """Bytes of codes, scales and zero points."""
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.zero))
 
-
+# %% ../../nbs/03_q_galore/02_quantize.ipynb #fc373dbc
 def quantize(x, bits=8, group_size=256, noise=None):
     """Quantize a floating tensor of any shape in groups of consecutive elements, @eq-q-galore-affine.
 
