@@ -461,13 +461,22 @@ def test_equal_parameters_do_not_share_their_noise():
     assert not torch.equal(*model.pair)
 
 
-def test_a_folder_of_codes_is_marked_and_a_plain_one_is_not(tmp_path):
+def test_a_folder_of_codes_is_read_and_a_plain_one_is_not_marked(tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     model = quantize_weights_(LlamaForCausalLM(config), QGaLoreConfig(rank=4))
-    model.save_pretrained(tmp_path / "codes")  # from_pretrained warns of the unknown type by name
+    model.save_pretrained(tmp_path / "codes")
     assert '"quant_method": "q_galore"' in (tmp_path / "codes" / "config.json").read_text()
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "codes")
+    assert all(torch.equal(p, q) for p, q in zip(read.state_dict().values(), model.state_dict().values(), strict=True))
+    optimizer = QGaLoreAdamW(read.parameters(), lr=1e-2)
+    for row in range(3):
+        read(ids(row), labels=ids(row)).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    read.save_pretrained(tmp_path / "further")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "further").eval()(ids()).logits, read.eval()(ids()).logits)
     dequantize_(model).save_pretrained(tmp_path / "plain")
     assert "q_galore" not in (tmp_path / "plain" / "config.json").read_text()
     with torch.no_grad():

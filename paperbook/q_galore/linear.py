@@ -6,13 +6,17 @@
 __all__ = ['TARGETS', 'int8_linear', 'int8_linear_backward', 'Int8Linear', 'layer_of', 'target_linears', 'quantize_weights_',
            'mark_quantized_', 'dequantize_']
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #4bc3d834
+# %% ../../nbs/03_q_galore/06_linear.ipynb #2f1bf9fd
 import re
 import weakref
+from dataclasses import asdict
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .projection import Projector, QGaLoreConfig
 from .quantize import Quantized, quantize
@@ -228,14 +232,15 @@ def quantize_weights_(model, config=None, target_modules=TARGETS):
         model.set_submodule(name, Int8Linear(linear, config, name, index).train(linear.training))
     return mark_quantized_(model)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #ff294cf6
+# %% ../../nbs/03_q_galore/06_linear.ipynb #e34b65da
 def mark_quantized_(model):
-    """Tell DistributedDataParallel that the layers average by themselves, and mark the configuration, so that `from_pretrained` warns of codes that it cannot read."""
-    names = [f"{name}.projected" for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    """Tell DistributedDataParallel that the layers average by themselves, and the configuration which layers hold codes, for `from_pretrained`."""
+    layers = {name: module.projector for name, module in model.named_modules() if isinstance(module, Int8Linear)}
     others = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith(".projected")]
-    model._ddp_params_and_buffers_to_ignore = others + names
-    if names and hasattr(model, "config"):
-        model.config.quantization_config = {"quant_method": "q_galore"}
+    model._ddp_params_and_buffers_to_ignore = others + [f"{name}.projected" for name in layers]
+    if layers and hasattr(model, "config"):
+        groups = [{"config": asdict(config), "layers": {name: layer.index for name, layer in layers.items() if layer.config == config}} for config in dict.fromkeys(layer.config for layer in layers.values())]
+        model.config.quantization_config = {"quant_method": "q_galore", "groups": groups}
     elif hasattr(getattr(model, "config", None), "quantization_config"):
         del model.config.quantization_config
     return model
@@ -255,3 +260,33 @@ def dequantize_(model, dtype=None):
         linear.weight, linear.bias = nn.Parameter(weight), layer.bias
         model.set_submodule(name, linear.train(layer.training))
     return mark_quantized_(model)
+
+# %% ../../nbs/03_q_galore/06_linear.ipynb #f39be533
+class _SavedCodes(QuantizationConfigMixin):
+    """The part of config.json that `mark_quantized_` writes."""
+
+    def __init__(self, groups, **kwargs):
+        self.quant_method, self.groups = "q_galore", groups
+
+
+class _Reader(HfQuantizer):
+    """Makes the `Int8Linear` layers of a saved model before transformers fills them."""
+
+    is_trainable = True
+
+    def is_serializable(self):
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        for group in self.quantization_config.groups:
+            for name, index in group["layers"].items():
+                model.set_submodule(name, Int8Linear(model.get_submodule(name), QGaLoreConfig(**group["config"]), name, index))
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for layer in (module for module in model.modules() if isinstance(module, Int8Linear)):
+            layer._renew(torch.empty(0, dtype=layer.projected.dtype, device=layer.scale.device), True)
+        self.remove_quantization_config(model)  # for transformers the model is an ordinary one from here on
+        return mark_quantized_(model)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING["q_galore"], AUTO_QUANTIZER_MAPPING["q_galore"] = _SavedCodes, _Reader

@@ -105,7 +105,7 @@ class Quantized:
         """Bytes of codes, scales and zero points."""
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.zero))
 
-# %% ../../nbs/03_q_galore/02_quantize.ipynb #fc373dbc
+# %% ../../nbs/03_q_galore/02_quantize.ipynb #794fcd79
 def quantize(x, bits=8, group_size=256, noise=None):
     """Quantize a floating tensor of any shape in groups of consecutive elements, @eq-q-galore-affine.
 
@@ -117,7 +117,7 @@ def quantize(x, bits=8, group_size=256, noise=None):
         raise ValueError(f"bits={bits!r}: the codes are of 4 or 8 bits.")
     if group_size < 2 or group_size % 2:
         raise ValueError(f"group_size={group_size!r} must be even and at least 2; 256 is the paper's.")
-    if not torch.isfinite(x).all():
+    if not x.is_meta and not torch.isfinite(x).all():
         raise ValueError("x holds NaN or infinity, which one scale a group cannot represent. Find where it comes from.")
     padding = (0, -x.numel() % group_size)
     groups = torch.nn.functional.pad(x.detach().float().flatten(), padding).view(-1, group_size)
