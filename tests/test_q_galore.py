@@ -161,7 +161,27 @@ def wrong_inputs():
         "basis": (lambda: leading_basis(torch.randn(3, 5), 4), ["rank=4", "1..3"]),
         "betas": (lambda: QGaLoreAdamW(net().parameters(), betas=(1.0, 0.9)), ["betas=(1.0, 0.9)"]),
         "report": (lambda: memory_report(Net(), seq_len=4), ["batch_size=None", "seq_len=4"]),
+        "report's rank": (lambda: memory_report(Net(), QGaLoreConfig(rank=25)), ["rank=25", "24"]),
+        "report's size": (lambda: memory_report(net(), batch_size=-1, seq_len=4), ["batch_size=-1"]),
+        "report of no transformer": (lambda: memory_report(net(), batch_size=1, seq_len=4), ["hidden_size", "batch_size"]),
+        "eps": (lambda: QGaLoreAdamW(net().parameters(), eps=0), ["eps=0"]),
+        "lr": (lambda: QGaLoreAdamW(net().parameters(), lr=math.inf), ["lr=inf"]),
+        "one beta": (lambda: QGaLoreAdamW(net().parameters(), betas=(0.9,)), ["betas=(0.9,)"]),
+        "a group's states": (lambda: QGaLoreAdamW([{"params": list(net().parameters()), "states": "8-bit"}]), ["states='8-bit'"]),
+        "float16": (lambda: QGaLoreAdamW(net().half().parameters()), ["float16", "bfloat16"]),
+        "threshold": (lambda: QGaLoreConfig(threshold=math.nan), ["threshold=nan"]),
+        "scale as text": (lambda: QGaLoreConfig(scale="0.25"), ["scale='0.25'"]),
+        "rounding": (lambda: QGaLoreConfig(stochastic_rounding="no"), ["stochastic_rounding='no'"]),
+        "pattern": (lambda: quantize_weights_(Net(), QGaLoreConfig(rank=4), "mlp("), ["mlp(", "regular expression"]),
+        "long side first": (lambda: leading_basis(torch.randn(5, 3), 2), ["(5, 3)", "transpose"]),
+        "NaN weights": (lambda: quantize_weights_(with_nan(), QGaLoreConfig(rank=4)), ["mlp.2", "NaN"]),
     }
+
+
+def with_nan():
+    model = Net()
+    model.mlp[2].weight.data[0, 0] = math.nan
+    return model
 
 
 @pytest.mark.parametrize("name", wrong_inputs())
@@ -177,7 +197,19 @@ def test_nothing_is_changed_when_quantizing_is_refused():
     model = Net()
     with pytest.raises(ValueError):
         quantize_weights_(model, QGaLoreConfig(rank=25))
-    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+    with pytest.raises(TypeError, match="QGaLoreConfig\\(rank=64\\)"):
+        quantize_weights_(model, 64)
+    broken = with_nan()
+    with pytest.raises(ValueError, match="NaN"):
+        quantize_weights_(broken, QGaLoreConfig(rank=4))
+    assert not any(isinstance(module, Int8Linear) for some in (model, broken) for module in some.modules())
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match="AdamW"):
+        fused_backward(torch.optim.AdamW(Net().parameters())).__enter__()
+    with pytest.raises(TypeError, match="int64"):
+        net().mlp[0](torch.ones(3, 24, dtype=torch.long))
 
 
 def test_a_tiny_learning_rate_is_warned_of():
@@ -563,3 +595,91 @@ def test_a_layer_without_gradient_does_not_spoil_the_checkpoint():
     train(model, optimizer), train(other, resumed)
     assert model.mlp[2].step == other.mlp[2].step == 5
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+def llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2) | changes))
+
+
+def test_models_of_one_configuration_do_not_mark_each_other(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    teacher = llama()
+    one, two = (quantize_weights_(LlamaForCausalLM(teacher.config), QGaLoreConfig(rank=4)) for _ in range(2))
+    assert all(module.config is one.config for module in one.modules() if hasattr(module, "config"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    dequantize_(one)
+    two.save_pretrained(tmp_path / "two")
+    for name, model in (("teacher", teacher), ("two", two)):
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert all(torch.equal(p, q) for p, q in zip(read.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_a_folder_without_codes_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    model = quantize_weights_(llama(), QGaLoreConfig(rank=4))
+    model.save_pretrained(tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "layers.1.mlp.up_proj.scale" not in name}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="no codes for model.layers.1.mlp.up_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    LlamaForCausalLM(model.config).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="no codes for"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+
+
+def test_a_folder_is_read_with_and_without_a_head(tmp_path):
+    from transformers import AutoModel, AutoModelForCausalLM, LlamaModel
+
+    model = quantize_weights_(llama(), QGaLoreConfig(rank=4)).eval()
+    model.save_pretrained(tmp_path / "whole"), model.model.save_pretrained(tmp_path / "base")
+    wanted = model.model(ids()).last_hidden_state
+    for read in (AutoModel.from_pretrained(tmp_path / "whole"), LlamaModel.from_pretrained(tmp_path / "base"), AutoModelForCausalLM.from_pretrained(tmp_path / "base").model):
+        assert torch.equal(read.eval()(ids()).last_hidden_state, wanted)
+    BertModel = pytest.importorskip("transformers").BertModel
+    with pytest.raises((ValueError, RuntimeError)):
+        BertModel.from_pretrained(tmp_path / "whole")
+
+
+def test_a_second_optimizer_looks_again():
+    model = net(update_interval=20)
+    train(model, QGaLoreAdamW(model.parameters(), lr=1e-3), 25)
+    second, looks = QGaLoreAdamW(model.parameters(), lr=1e-3), []
+    for _ in range(45):
+        train(model, second, 1)
+        looks.append(model.mlp[0].projector.refreshed_at)
+    assert sorted(set(looks)) == [0, 20, 40]
+
+
+def test_a_copied_optimizer_says_so():
+    model = net()
+    optimizer = QGaLoreAdamW(model.parameters())
+    twin, other = copy.deepcopy((model, optimizer))
+    twin.loss(ids()).backward()
+    with pytest.raises(RuntimeError, match="copied"):
+        other.step()
+
+
+def test_a_nan_inside_a_fused_backward_says_what_has_changed():
+    model = net()
+    optimizer = QGaLoreAdamW(model.parameters())
+    model.mlp[0].register_full_backward_hook(lambda module, grad_in, grad_out: tuple(g * math.nan for g in grad_in))
+    with pytest.raises(FloatingPointError, match="has taken this step already"), fused_backward(optimizer):
+        model.loss(ids()).backward()
+
+
+def test_a_new_run_is_not_mixed_with_an_earlier_one(tmp_path):
+    from paperbook.q_galore.cli import _last_checkpoint
+
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match="--resume"):
+        _last_checkpoint(tmp_path, 9, False)
+    assert _last_checkpoint(tmp_path, 9, True).endswith("checkpoint-4")

@@ -60,7 +60,7 @@ def text_blocks(path, tokenizer, seq_len, held_out=0.05):
     test = max(1, int(len(rows) * held_out))
     return rows[:-test], rows[-test:]
 
-# %% ../../nbs/03_q_galore/09_cli.ipynb #1c6ca1bd
+# %% ../../nbs/03_q_galore/09_cli.ipynb #8ddae099
 def fitting_micro_batch(model, batch_size, seq_len, budget_gb):
     """The largest micro-batch, batch_size divided by a power of two, whose report fits budget_gb * 10^9 bytes, and the report.
 
@@ -69,7 +69,7 @@ def fitting_micro_batch(model, batch_size, seq_len, budget_gb):
     from paperbook.q_galore.memory import memory_report
 
     for micro in (batch_size >> k for k in range(batch_size.bit_length()) if batch_size % (1 << k) == 0):
-        report = memory_report(model, batch_size=micro, seq_len=seq_len, fused=micro == batch_size)
+        report = memory_report(model, batch_size=micro, seq_len=seq_len, checkpointing=True, fused=micro == batch_size)
         if report.total <= budget_gb * 1e9:
             return micro, report
     try:
@@ -94,7 +94,7 @@ def _show_live(trainer):
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.add_callback(LiveProgress())
 
-# %% ../../nbs/03_q_galore/09_cli.ipynb #a2b883ed
+# %% ../../nbs/03_q_galore/09_cli.ipynb #aa049d6a
 def _arguments(out, steps, micro, accumulation, lr, save_every, seed, fused):
     """A Trainer's arguments; the schedule is the paper's: a tenth of warm-up, then a cosine."""
     import torch
@@ -107,22 +107,26 @@ def _arguments(out, steps, micro, accumulation, lr, save_every, seed, fused):
                              dataloader_pin_memory=torch.cuda.is_available(), **{checkpointing: True})
 
 
-def _last_checkpoint(out, steps):
-    """The newest checkpoint in `out`. Raises ValueError without one, or when it has all the steps already."""
+def _last_checkpoint(out, steps, resume):
+    """The newest checkpoint in `out`, None unless `resume`. Raises ValueError without one, when it has all the steps already, or when it would be mixed with a new run's."""
     from transformers.trainer_utils import get_last_checkpoint
 
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if not resume:
+        if last is not None:
+            raise ValueError(f"{str(out)!r} holds {Path(last).name} of an earlier run. Give --resume to go on with it, or another --out.")
+        return None
     if last is None:
         raise ValueError(f"--resume: there is no checkpoint in {str(out)!r}. Start without it, or name the folder of the earlier run with --out.")
     if (done := int(Path(last).name.split("-")[-1])) >= steps:
         raise ValueError(f"--resume: {last!r} has {done} steps already. Give --steps more than that.")
     return last
 
-# %% ../../nbs/03_q_galore/09_cli.ipynb #9255c11e
+# %% ../../nbs/03_q_galore/09_cli.ipynb #81f1c740
 def run_training(model, rows, test, out, *, steps, micro, accumulation=1, lr=1e-3, save_every=50, resume=False, seed=0):
     """Train a model of `quantize_weights_` with transformers' Trainer; saves checkpoints and a plain model under `out`; returns test losses (before, after).
 
-    rows, test: token rows. Raises ValueError for resume without a checkpoint to go on from.
+    rows, test: token rows. Raises ValueError for resume without a checkpoint to go on from, and for a new run in a folder that holds one.
     """
     import os
     from contextlib import nullcontext
@@ -132,7 +136,7 @@ def run_training(model, rows, test, out, *, steps, micro, accumulation=1, lr=1e-
     from paperbook.q_galore.linear import dequantize_
     from paperbook.q_galore.optimizer import QGaLoreAdamW, fused_backward
 
-    last = _last_checkpoint(out, steps) if resume else None
+    last = _last_checkpoint(out, steps, resume)
     fused = accumulation == 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
     arguments = _arguments(out, steps, micro, accumulation, lr, save_every, seed, fused)
     train_data, test_data = ([{"input_ids": row, "labels": row} for row in several] for several in (rows, test))
@@ -154,7 +158,7 @@ app = typer.Typer(no_args_is_help=True, help="Q-GaLore: full-parameter training 
 def q_galore():
     """Q-GaLore: full-parameter training in 8 bits (arXiv 2407.08296)."""
 
-# %% ../../nbs/03_q_galore/09_cli.ipynb #1a59b26c
+# %% ../../nbs/03_q_galore/09_cli.ipynb #bcf66c3a
 @app.command()
 def train(
     model: Annotated[str, typer.Option(help="Folder, hub name or asset to continue, or a config.json to start from scratch.")],
@@ -181,6 +185,8 @@ def train(
     try:
         quantize_weights_(found, QGaLoreConfig(rank=rank, update_interval=update_interval, seed=seed))
     except ValueError as error:
+        if "already" in str(error):
+            raise typer.BadParameter(f"{model!r} holds 8-bit codes, a checkpoint perhaps. Use --resume with its folder as --out, or its folder 'model', which is plain", param_hint="--model") from None
         raise typer.BadParameter(str(error).replace(" or leave the module out with target_modules", ""), param_hint="--rank" if "rank=" in str(error) else "--model") from None
     micro, report = fitting_micro_batch(found, batch_size, seq_len, budget_gb)
     console = Console(stderr=True, force_jupyter=False, highlight=False)

@@ -6,7 +6,8 @@
 __all__ = ['TARGETS', 'int8_linear', 'int8_linear_backward', 'Int8Linear', 'layer_of', 'target_linears', 'quantize_weights_',
            'mark_quantized_', 'dequantize_']
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #2f1bf9fd
+# %% ../../nbs/03_q_galore/06_linear.ipynb #e47f09cf
+import copy
 import re
 import weakref
 from dataclasses import asdict
@@ -140,7 +141,7 @@ class _Projected(_Codes):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict({f"{prefix}projected": self.projected.detach()} | state_dict, prefix, *args)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #dcf01b60
+# %% ../../nbs/03_q_galore/06_linear.ipynb #67284841
 class Int8Linear(_Projected):
     """`nn.Linear` whose weight exists as 8-bit codes only, and whose weight gradient comes out projected.
 
@@ -160,6 +161,8 @@ class Int8Linear(_Projected):
         return self.dequantized(self.projected.dtype)
 
     def forward(self, x):
+        if not x.is_floating_point():
+            raise TypeError(f"the input of {self.projector.name} is {x.dtype}: it must be of floating point, as for nn.Linear.")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = int8_linear(x, self.qweight, self.scale, self.zero, self.projected, id(self), self.out_features)
@@ -182,15 +185,15 @@ def _mean_over_ranks(tensor):
         tensor /= ranks
     return tensor
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #67d04047
+# %% ../../nbs/03_q_galore/06_linear.ipynb #171dfd5d
 def layer_of(parameter):
     """The `Int8Linear` whose `projected` this parameter is, or None. Raises RuntimeError when that layer is gone."""
     handle = getattr(parameter, "int8_handle", None)
     if handle is not None and handle not in _LAYERS:
-        raise RuntimeError("the model that this parameter belongs to no longer exists. Keep a reference to the model as long as its optimizer is used.")
+        raise RuntimeError("the Int8Linear that this parameter belongs to no longer exists: its model was deleted or dequantized. Make a new optimizer for the model that there is.")
     return None if handle is None else _LAYERS[handle]
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #6569c8a3
+# %% ../../nbs/03_q_galore/06_linear.ipynb #eb0327fd
 TARGETS = r"(?i)attn|attention|mlp"
 
 
@@ -199,15 +202,18 @@ def target_linears(model, target_modules=TARGETS):
 
     Subclasses are left alone: `nn.MultiheadAttention`, for one, reads the weight of its own past their forward.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    found = {name: module for name, module in linears.items() if re.search(target_modules, name)}
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
+    try:
+        found = {name: module for name, module in linears.items() if re.search(target_modules, name)}
+    except re.error as error:
+        raise ValueError(f"target_modules={target_modules!r} is no regular expression: {error}.") from None
     if not found:
         already = any(isinstance(module, Int8Linear) for module in model.modules())
-        seen = "the model is quantized already" if already else f"its nn.Linear modules are: {', '.join(linears) or 'none'}"
+        seen = "the model is quantized already; dequantize_ it first, or name what is left" if already else f"its nn.Linear modules are: {', '.join(linears) or 'none'}"
         raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear of {type(model).__name__}; {seen[:600]}.")
     return found
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #fa3bfb95
+# %% ../../nbs/03_q_galore/06_linear.ipynb #323d084e
 def quantize_weights_(model, config=None, target_modules=TARGETS):
     """Replace the target `nn.Linear` modules of a model by `Int8Linear`, in place; returns the model.
 
@@ -215,6 +221,8 @@ def quantize_weights_(model, config=None, target_modules=TARGETS):
     Make the optimizer afterwards. Raises ValueError when nothing matches, a rank is too large, a weight is shared or frozen.
     """
     config = config or QGaLoreConfig()
+    if not isinstance(config, QGaLoreConfig):
+        raise TypeError(f"config={config!r} must be a QGaLoreConfig, e.g. QGaLoreConfig(rank=64).")
     if config.weight_bits is None:
         raise ValueError("weight_bits=None leaves the weights as they are: there is nothing to quantize. Call qgalore_param_groups at once.")
     found = target_linears(model, target_modules)
@@ -226,15 +234,28 @@ def quantize_weights_(model, config=None, target_modules=TARGETS):
             raise ValueError(f"the weight of {name} is shared by {' and '.join(uses[id(linear.weight)])}. Leave it out with target_modules.")
         if not linear.weight.requires_grad:
             raise ValueError(f"the weight of {name} is frozen (requires_grad=False). Unfreeze it, or leave it out with target_modules.")
-        Projector(linear.weight.shape, config, name)  # raises before anything is changed
+        Projector(linear.weight.shape, config, name)  # all checks come before anything is changed
+        if not linear.weight.is_meta and not torch.isfinite(linear.weight).all():
+            raise ValueError(f"the weight of {name} holds NaN or infinity, which one scale a group cannot represent. Look at how the checkpoint was saved.")
     first = sum(isinstance(module, Int8Linear) for module in model.modules())
     for index, (name, linear) in enumerate(found.items(), first):
         model.set_submodule(name, Int8Linear(linear, config, name, index).train(linear.training))
     return mark_quantized_(model)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #e34b65da
+# %% ../../nbs/03_q_galore/06_linear.ipynb #8c40c011
+def _own_config(model):
+    """Give a model and its parts a copy of their configuration: another model may have been made from the same object."""
+    copies = {}
+    model.config = copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        if id(getattr(module, "config", None)) in copies:
+            module.config = copies[id(module.config)]
+
+
 def mark_quantized_(model):
     """Tell DistributedDataParallel that the layers average by themselves, and the configuration which layers hold codes, for `from_pretrained`."""
+    if hasattr(model, "config"):
+        _own_config(model)
     layers = {name: module.projector for name, module in model.named_modules() if isinstance(module, Int8Linear)}
     others = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith(".projected")]
     model._ddp_params_and_buffers_to_ignore = others + [f"{name}.projected" for name in layers]
@@ -261,7 +282,7 @@ def dequantize_(model, dtype=None):
         model.set_submodule(name, linear.train(layer.training))
     return mark_quantized_(model)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #f39be533
+# %% ../../nbs/03_q_galore/06_linear.ipynb #d140052c
 class _SavedCodes(QuantizationConfigMixin):
     """The part of config.json that `mark_quantized_` writes."""
 
@@ -278,12 +299,18 @@ class _Reader(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs):
+        there, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
         for group in self.quantization_config.groups:
-            for name, index in group["layers"].items():
-                model.set_submodule(name, Int8Linear(model.get_submodule(name), QGaLoreConfig(**group["config"]), name, index))
+            for name, index in group["layers"].items():  # a model with a head reads the folder of one without, and the other way round
+                found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if type(there.get(known)) is nn.Linear), None)
+                if found is None:
+                    raise ValueError(f"the folder holds codes for {name}, which {type(model).__name__} has not. Load it with the class it was saved from.")
+                model.set_submodule(found, Int8Linear(there[found], QGaLoreConfig(**group["config"]), found, index))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for layer in (module for module in model.modules() if isinstance(module, Int8Linear)):
+        for name, layer in ((name, module) for name, module in model.named_modules() if isinstance(module, Int8Linear)):
+            if not all(getattr(t, "_is_hf_initialized", False) for t in (layer.qweight, layer.scale, layer.zero)):
+                raise ValueError(f"the folder holds no codes for {name}, though its config.json says so. It is incomplete, or a plain model was saved with the configuration of a quantized one.")
             layer._renew(torch.empty(0, dtype=layer.projected.dtype, device=layer.scale.device), True)
         self.remove_quantization_config(model)  # for transformers the model is an ordinary one from here on
         return mark_quantized_(model)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'MemoryReport', 'memory_report', 'build_quantized', 'train_on_noise', 'runs_out', 'gpu_memory']
 
-# %% ../../nbs/03_q_galore/08_memory.ipynb #54fe6b3f
+# %% ../../nbs/03_q_galore/08_memory.ipynb #8de11068
 import gc
 import time
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from ..core.records import record
 from .kernels import MIN_8BIT, STATE_BLOCK
 from .linear import TARGETS, Int8Linear, mark_quantized_, target_linears
 from .optimizer import QGaLoreAdamW, fused_backward, qgalore_param_groups
-from .projection import QGaLoreConfig
+from .projection import Projector, QGaLoreConfig
 
 # %% ../../nbs/03_q_galore/08_memory.ipynb #4d4df556
 def _grouped(count, bits, group_size):
@@ -51,7 +51,7 @@ def _other_bytes(method, count, width):
     states = 0 if method == "lora" else 2 * width * count if method in ("adamw", "galore") else _moments8(count) if count >= MIN_8BIT else 8 * count
     return width * count, states
 
-# %% ../../nbs/03_q_galore/08_memory.ipynb #cf6074cb
+# %% ../../nbs/03_q_galore/08_memory.ipynb #53122c5c
 @dataclass
 class MemoryReport:
     """Bytes of each component: `stored` is exact, `working` an estimate. `print` shows a table in GB of 10^9 bytes."""
@@ -77,28 +77,34 @@ class MemoryReport:
         """Raise MemoryError with the largest components when the total exceeds budget_gib * 2^30 bytes."""
         if self.total > budget_gib * 2**30:
             largest = sorted(self.rows(), key=lambda row: -row["GB"])[:3]
-            raise MemoryError(f"needs {self.total / 2**30:.2f} GiB, the budget is {budget_gib:.3g} GiB. Largest: " + ", ".join(f"{row['component']} {row['GB']:.2f} GB" for row in largest)
-                              + ". Lower the batch size, the rank, or turn checkpointing on.")
+            advice = "Lower the batch size or the rank" + (", or turn checkpointing on." if "activations" in self.working else ".")
+            raise MemoryError(f"needs {self.total / 1e9:.2f} GB, the budget is {budget_gib * 2**30 / 1e9:.3g} GB. Largest: " + ", ".join(f"{row['component']} {row['GB']:.2f} GB" for row in largest) + f". {advice}")
 
-# %% ../../nbs/03_q_galore/08_memory.ipynb #57f3f071
+# %% ../../nbs/03_q_galore/08_memory.ipynb #84291816
 METHODS = ("q_galore", "galore", "adamw", "adamw8bit", "lora")
 
 
-def memory_report(model, config=None, *, method="q_galore", target_modules=TARGETS, batch_size=None, seq_len=None, checkpointing=True, fused=True):
+def memory_report(model, config=None, *, method="q_galore", target_modules=TARGETS, batch_size=None, seq_len=None, checkpointing=False, fused=False):
     """What training `model` by `method` takes, from shapes alone; the model may be on the meta device.
 
     model: a transformers model, plain or of `quantize_weights_`. config: a `QGaLoreConfig`; None: each layer's own, or the default one.
     method: "q_galore", "galore", "adamw", "adamw8bit" or "lora" (rank of config, on the target modules).
     batch_size, seq_len: of one micro-batch; without them only stored bytes are reported.
     checkpointing: whether blocks are recomputed. fused: whether gradients are freed at once, as by `fused_backward`.
-    Raises ValueError for an unknown method and when batch_size or seq_len is given alone.
+    Raises ValueError for an unknown method, a rank above a short side, and sizes that are no whole numbers from 1 on, or only one of them.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Use one of: {', '.join(METHODS)}.")
     if (batch_size is None) != (seq_len is None):
         raise ValueError(f"batch_size={batch_size} and seq_len={seq_len}: give both, or neither for stored bytes only.")
+    for name, size in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name}={size!r} must be a whole number of at least 1.")
     targets = [module for module in model.modules() if isinstance(module, Int8Linear)] or list(target_linears(model, target_modules).values())
     matrices = [(linear.out_features, linear.in_features, config or (linear.projector.config if isinstance(linear, Int8Linear) else QGaLoreConfig())) for linear in targets]
+    if method not in ("adamw", "adamw8bit"):
+        for m, n, used in matrices:
+            Projector((m, n), used)  # refuses a rank that training would refuse
     inside = {id(p) for linear in targets for name, p in linear.named_parameters() if name != "bias"}
     others = [p for p in model.parameters() if id(p) not in inside]
     width = max((p.element_size() for p in others), default=4)
@@ -107,7 +113,7 @@ def memory_report(model, config=None, *, method="q_galore", target_modules=TARGE
     stored = {"weights, projected layers": weights, "weights, all others": sum(row[0] for row in rest), "projections": projections,
               "states, projected layers": states, "states, all others": sum(row[1] for row in rest)}
     trained = [p.numel() for p in others if p.requires_grad and method != "lora"]
-    return MemoryReport(stored, {} if batch_size is None else _working(model.config, method, matrices, trained, width, batch_size * seq_len, checkpointing, fused))
+    return MemoryReport(stored, {} if batch_size is None else _working(getattr(model, "config", None), method, matrices, trained, width, batch_size * seq_len, checkpointing, fused))
 
 # %% ../../nbs/03_q_galore/08_memory.ipynb #1dbdd297
 def _working(model_config, method, matrices, others, width, tokens, checkpointing, fused):
@@ -167,7 +173,7 @@ def train_on_noise(method, model_config, config, batch_size, seq_len, steps, dev
         losses.append(loss.item())
     return model, losses
 
-# %% ../../nbs/03_q_galore/08_memory.ipynb #d2d4b823
+# %% ../../nbs/03_q_galore/08_memory.ipynb #258516dc
 def runs_out(method, *args):
     """Whether `train_on_noise` runs out of CUDA memory."""
     try:
@@ -195,5 +201,5 @@ def gpu_memory(batch_size=16, seq_len=256, steps=24, cap_gib=15.2, rank=1024):
     model, losses = train_on_noise("q_galore", *run, steps)
     free, _ = torch.cuda.mem_get_info()
     metrics = dict(peak_gib=torch.cuda.max_memory_allocated() / 2**30, reserved_gib=torch.cuda.max_memory_reserved() / 2**30, used_gib=(total - free) / 2**30,
-                   predicted_gib=memory_report(model, batch_size=batch_size, seq_len=seq_len).total / 2**30, cap_gib=cap_gib, losses=losses, controls_run_out=controls)
+                   predicted_gib=memory_report(model, batch_size=batch_size, seq_len=seq_len, checkpointing=True, fused=True).total / 2**30, cap_gib=cap_gib, losses=losses, controls_run_out=controls)
     return record("memory_7b_gpu", chapter="q_galore", scale="gpu", metrics=metrics, seeds=[0], params=dict(batch_size=batch_size, seq_len=seq_len, steps=steps, rank=rank), wall_s=time.perf_counter() - started)

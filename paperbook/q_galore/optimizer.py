@@ -87,7 +87,7 @@ def _step_plain(p, g, state, group, step, key):
     if not p.is_contiguous():
         p.copy_(flat.view(p.shape))
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #232f7e27
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #7d82c6c0
 def _step_projected(p, R, state, group, step, projector, layer):
     """AdamW on the projected gradient R of a float weight p, or of the codes of `layer`, @eq-q-galore-update."""
     config, N, keep = projector.config, _normalized(state, R, step, group, True), 1 - group["lr"] * group["weight_decay"]
@@ -97,10 +97,10 @@ def _step_projected(p, R, state, group, step, projector, layer):
         update_int8_(layer.quantized, N, P, projector.right, lr, keep, key if config.stochastic_rounding else None)
         layer.step = step
     else:
-        w = (p.float() - lr * projector.up(N)).mul_(keep)
+        w = (p.to(torch.promote_types(p.dtype, torch.float32)) - lr * projector.up(N)).mul_(keep)
         p.copy_(round_bfloat16(w, key) if p.dtype == torch.bfloat16 else w)
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #724c5976
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #47ff0512
 class _Stepping(torch.optim.Optimizer):
     """Steps of parameters, projected or not."""
 
@@ -119,7 +119,8 @@ class _Stepping(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(layer is not None and layer.projected is not p for _, p in self._projected() for layer in [layer_of(p)]):
+        projected = self._projected()
+        if not projected or any(layer is not None and layer.projected is not p for _, p in projected for layer in [layer_of(p)]):
             raise RuntimeError("this optimizer was copied or belongs to layers that were replaced. Make a new QGaLoreAdamW for the model.")
         work = [(place, group, p) for place, (group, p) in self._places() if p.grad is not None]
         self._check(work)
@@ -146,7 +147,7 @@ class _Stepping(torch.optim.Optimizer):
         seed = next(found.config.seed for _, (_, q) in self._places() if (found := _projector(q)))
         _step_plain(p, g, state, group, step, noise_key(seed, (1 << 32) + place, step))
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #8576ff9e
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #def96bc9
 class _Checked(_Stepping):
     """What must hold before anything is changed."""
 
@@ -160,7 +161,8 @@ class _Checked(_Stepping):
         sums = torch.stack([p.grad.sum(dtype=torch.float32).to(work[0][2].device) for _, _, p in work])  # one bad number makes the sum bad
         if not torch.isfinite(sums).all():
             bad = [self._name(place, p) for (place, _, p), finite in zip(work, torch.isfinite(sums).tolist(), strict=True) if not finite]
-            raise FloatingPointError(f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity: no parameter was changed by this step. "
+            done = "what comes behind it in the model has taken this step already, so go back to a checkpoint" if getattr(self, "fused", False) else "no parameter was changed by this step"
+            raise FloatingPointError(f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity: {done}. "
                                      "Look for the cause in the batch or the learning rate; under float16 use a GradScaler, which skips such steps.")
 
     def _name(self, place, p):
@@ -208,7 +210,7 @@ class _Resumable(_Checked):
         if found != wanted:
             raise ValueError(f"the checkpoint's moments of {self._name(place, p)} are {found}, this run needs {wanted}. Use the model and the states ({states!r}) of the checkpoint.")
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #0c531237
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #c4f707c8
 class QGaLoreAdamW(_Resumable):
     """AdamW with projected gradients, 8-bit states and 8-bit weights.
 
@@ -231,19 +233,29 @@ class QGaLoreAdamW(_Resumable):
     steps_int8 = True  # see paperbook.q_galore.linear
 
     def __init__(self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=None, states="8bit"):
-        for name, value, good in (("lr", lr, lr >= 0), ("betas", betas, all(0 <= b < 1 for b in betas)), ("eps", eps, eps >= 0),
-                                  ("weight_decay", weight_decay, weight_decay >= 0), ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0),
-                                  ("states", states, states in ("8bit", "32bit"))):
-            if not good:
-                raise ValueError(f"{name}={value!r} is not possible. Use lr, eps, weight_decay >= 0, betas in [0, 1), max_grad_norm > 0, states '8bit' or '32bit'.")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, states=states))
         if not self._projected():
             raise ValueError("none of params is projected. Call quantize_weights_(model, config) before the optimizer is made, or pass qgalore_param_groups(model, config).")
+        for _, p in self._projected():
+            if (layer := layer_of(p)) and layer.step:  # another optimizer's schedule
+                layer.step = 0
+                layer.projector.reset()
         small = [group["lr"] * projector.config.scale for _, (group, p) in self._places() if (projector := _projector(p))]
         if 0 < min(small) < 1e-6:
             warnings.warn(f"lr * scale = {min(small):.1e}: steps this small are lost in the rounding noise of 8-bit weights. Q-GaLore's lr is about 0.004 to 0.015, ten times AdamW's.", stacklevel=2)
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #528444a7
+    def add_param_group(self, param_group):
+        """As in torch; raises ValueError for a setting that cannot be, or for float16 weights, which lose small updates."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        good = {"lr": 0 <= group["lr"] < math.inf, "betas": len(group["betas"]) == 2 and all(0 <= b < 1 for b in group["betas"]), "eps": 0 < group["eps"] < math.inf,
+                "weight_decay": 0 <= group["weight_decay"] < math.inf, "max_grad_norm": group["max_grad_norm"] is None or group["max_grad_norm"] > 0, "states": group["states"] in ("8bit", "32bit")}
+        for name in (name for name, fine in good.items() if not fine):
+            raise ValueError(f"{name}={group[name]!r} is not possible. Use lr and weight_decay >= 0, eps > 0, two betas in [0, 1), max_grad_norm > 0, states '8bit' or '32bit'.")
+        if any(p.dtype == torch.float16 and layer_of(p) is None for p in group["params"]):
+            raise ValueError("params holds float16 weights, in which small updates are lost. Use model.to(torch.bfloat16), which is rounded at random, or float32 under autocast.")
+
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #d478f1a6
 @contextmanager
 def fused_backward(optimizer, accumulation_steps=1, max_grad_norm=None):
     """Inside, `loss.backward()` also takes the optimizer's step, parameter by parameter, and frees each gradient.
@@ -251,8 +263,10 @@ def fused_backward(optimizer, accumulation_steps=1, max_grad_norm=None):
     optimizer: a `QGaLoreAdamW`. `optimizer.step()` finds nothing left to do, so a `Trainer` may go on calling it.
     accumulation_steps, max_grad_norm: pass your training's; anything but 1 and None or 0 is refused, since each backward
         pass is a step here and no gradient is left for `clip_grad_norm_`. The optimizer's own max_grad_norm clips each matrix.
-    Raises ValueError for accumulation and clipping, NotImplementedError under torch.distributed, FloatingPointError as `step` does.
+    Raises TypeError for another optimizer, ValueError for accumulation and clipping, NotImplementedError under torch.distributed, FloatingPointError as `step` does.
     """
+    if not isinstance(optimizer, QGaLoreAdamW):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}: fused_backward takes the steps of a QGaLoreAdamW.")
     if accumulation_steps != 1:
         raise ValueError(f"accumulation_steps={accumulation_steps}: with fused_backward each backward pass is a step. Leave fused_backward out: "
                          "projected gradients accumulate without it, at r/s of the memory of full ones.")

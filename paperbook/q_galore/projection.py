@@ -6,14 +6,15 @@
 __all__ = ['QGaLoreConfig', 'leading_basis', 'without_empty', 'kept_energy', 'leading_vector', 'LazySchedule', 'Projector',
            'projector_state', 'load_projector_state']
 
-# %% ../../nbs/03_q_galore/03_projection.ipynb #8a001403
+# %% ../../nbs/03_q_galore/03_projection.ipynb #47ec77e3
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 
 from .quantize import Quantized, noise_key, quantize
 
-# %% ../../nbs/03_q_galore/03_projection.ipynb #c5ded1bb
+# %% ../../nbs/03_q_galore/03_projection.ipynb #2e2f37c7
 def _validate(config):
     """Raise ValueError naming the first field of a `QGaLoreConfig` that cannot be."""
     for name in ("rank", "update_interval", "window", "growth"):
@@ -24,13 +25,16 @@ def _validate(config):
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown. Use one of: {', '.join(map(repr, allowed))}.")
-    for name, kind in (("threshold", int | float), ("seed", int)):
-        if isinstance(getattr(config, name), bool) or not isinstance(getattr(config, name), kind):
-            raise ValueError(f"{name}={getattr(config, name)!r} must be a {'whole ' if kind is int else ''}number.")
+    for name, kind in (("threshold", int | float), ("scale", int | float), ("seed", int), ("group_size", int)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a {'whole' if kind is int else 'finite'} number.")
     if not config.scale > 0:
         raise ValueError(f"scale={config.scale!r} must be positive; the paper's is 0.25.")
     if config.group_size < 2 or config.group_size % 2:
         raise ValueError(f"group_size={config.group_size!r} must be even and at least 2; 256 is the paper's.")
+    if not isinstance(config.stochastic_rounding, bool):
+        raise ValueError(f"stochastic_rounding={config.stochastic_rounding!r} must be True or False.")
 
 # %% ../../nbs/03_q_galore/03_projection.ipynb #e80eb194
 @dataclass(frozen=True)
@@ -71,14 +75,16 @@ class QGaLoreConfig:
     def __post_init__(self):
         _validate(self)
 
-# %% ../../nbs/03_q_galore/03_projection.ipynb #8bf92b70
+# %% ../../nbs/03_q_galore/03_projection.ipynb #6a7583b6
 def leading_basis(A, rank, solver="subspace", start=None, seed=0):
     """An orthonormal basis of the leading left directions of A, @eq-q-galore-warm for solver "subspace".
 
     A: (s, l), s <= l, finite. start: basis (s, rank) to warm-start solver "subspace" from. seed: of the random solvers.
     Returns float32 (s, rank); the columns of "svd" and "randomized" are ordered, those of "subspace" are not.
-    Raises ValueError for rank > s and for an unknown solver.
+    Raises ValueError for s > l, rank > s and an unknown solver.
     """
+    if A.shape[0] > A.shape[1]:
+        raise ValueError(f"A is {tuple(A.shape)}: its short side must come first. Pass its transpose.")
     if not 1 <= rank <= A.shape[0]:
         raise ValueError(f"rank={rank} must be in 1..{A.shape[0]}, the short side of a gradient of {tuple(A.shape)}.")
     A = A.detach().float()
