@@ -23,7 +23,7 @@ from paperbook.q_galore import (
     quantize_weights_,
 )
 from paperbook.q_galore.kernels import adam8, new_state8, update_int8_
-from paperbook.q_galore.projection import Projector
+from paperbook.q_galore.projection import LazySchedule, Projector
 from paperbook.q_galore.quantize import Quantized, noise_key, quantize, uniform_noise
 
 
@@ -590,11 +590,19 @@ def test_a_layer_without_gradient_does_not_spoil_the_checkpoint():
     other = net()
     other.load_state_dict(model.state_dict())
     resumed = QGaLoreAdamW(other.parameters(), lr=1e-2)
-    train(other, resumed, 2)  # what it knows must go
+    other.loss(ids(9)).backward()
+    resumed.step(), resumed.zero_grad()  # what it has seen must go
     other.load_state_dict(model.state_dict()), resumed.load_state_dict(optimizer.state_dict())
     train(model, optimizer), train(other, resumed)
     assert model.mlp[2].step == other.mlp[2].step == 5
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_each_layer_is_counted_by_its_own_configuration():
+    model = quantize_weights_(quantize_weights_(Net(), QGaLoreConfig(rank=4), "0"), QGaLoreConfig(rank=12), "2")
+    apart = [quantize_weights_(Net(), QGaLoreConfig(rank=rank), "mlp") for rank in (4, 12)]
+    both, low, high = (memory_report(some).stored["states, projected layers"] for some in (model, *apart))
+    assert low < both < high
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------
@@ -653,10 +661,21 @@ def test_a_second_optimizer_looks_again():
     model = net(update_interval=20)
     train(model, QGaLoreAdamW(model.parameters(), lr=1e-3), 25)
     second, looks = QGaLoreAdamW(model.parameters(), lr=1e-3), []
+    assert model.mlp[0].projector.refreshes == 0 and model.mlp[0].projector.basis is None
     for _ in range(45):
         train(model, second, 1)
         looks.append(model.mlp[0].projector.refreshed_at)
     assert sorted(set(looks)) == [0, 20, 40]
+
+
+@pytest.mark.parametrize("similarity, interval", [(0.41, 20), (0.39, 5)])
+def test_the_interval_grows_only_above_the_threshold(similarity, interval):
+    schedule, looks = LazySchedule(QGaLoreConfig(update_interval=5, window=2, growth=4)), []
+    for step in range(11):
+        if schedule.due(step):
+            schedule.looked(step, similarity if step else None)
+            looks.append(step)
+    assert looks == [0, 5, 10] and schedule.interval == interval
 
 
 def test_a_copied_optimizer_says_so():

@@ -100,12 +100,12 @@ def _step_projected(p, R, state, group, step, projector, layer):
         w = (p.to(torch.promote_types(p.dtype, torch.float32)) - lr * projector.up(N)).mul_(keep)
         p.copy_(round_bfloat16(w, key) if p.dtype == torch.bfloat16 else w)
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #47ff0512
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #25057849
 class _Stepping(torch.optim.Optimizer):
     """Steps of parameters, projected or not."""
 
     def _places(self):
-        """(place, group, parameter) of all parameters; the place is the index in a state dict."""
+        """(place, (group, parameter)) of all parameters; the place is the index in a state dict."""
         return enumerate((group, p) for group in self.param_groups for p in group["params"])
 
     def _projected(self):
@@ -115,10 +115,8 @@ class _Stepping(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Take one step with the gradients that are there. closure: evaluates the model again and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         projected = self._projected()
         if not projected or any(layer is not None and layer.projected is not p for _, p in projected for layer in [layer_of(p)]):
             raise RuntimeError("this optimizer was copied or belongs to layers that were replaced. Make a new QGaLoreAdamW for the model.")
@@ -144,12 +142,23 @@ class _Stepping(torch.optim.Optimizer):
         state["step"] = step = step + 1
         if projector:
             return _step_projected(p, g, state, group, step, projector, layer)
-        seed = next(found.config.seed for _, (_, q) in self._places() if (found := _projector(q)))
+        seed = _projector(self._projected()[0][1]).config.seed if p.dtype == torch.bfloat16 else 0
         _step_plain(p, g, state, group, step, noise_key(seed, (1 << 32) + place, step))
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #def96bc9
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #a41f4c99
 class _Checked(_Stepping):
     """What must hold before anything is changed."""
+
+    def add_param_group(self, param_group):
+        """As in torch; raises ValueError for a setting that cannot be, or for float16 weights, which lose small updates."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        good = {"lr": 0 <= group["lr"] < math.inf, "betas": len(group["betas"]) == 2 and all(0 <= b < 1 for b in group["betas"]), "eps": 0 < group["eps"] < math.inf,
+                "weight_decay": 0 <= group["weight_decay"] < math.inf, "max_grad_norm": group["max_grad_norm"] is None or group["max_grad_norm"] > 0, "states": group["states"] in ("8bit", "32bit")}
+        for name in (name for name, fine in good.items() if not fine):
+            raise ValueError(f"{name}={group[name]!r} is not possible. Use lr and weight_decay >= 0, eps > 0, two betas in [0, 1), max_grad_norm > 0, states '8bit' or '32bit'.")
+        if any(p.dtype == torch.float16 and layer_of(p) is None for p in group["params"]):
+            raise ValueError("params holds float16 weights, in which small updates are lost. Use model.to(torch.bfloat16), which is rounded at random, or float32 under autocast.")
 
     def _check(self, work):
         """Raise when a gradient is sharded or not finite."""
@@ -210,7 +219,7 @@ class _Resumable(_Checked):
         if found != wanted:
             raise ValueError(f"the checkpoint's moments of {self._name(place, p)} are {found}, this run needs {wanted}. Use the model and the states ({states!r}) of the checkpoint.")
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #c4f707c8
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #7f9ce80f
 class QGaLoreAdamW(_Resumable):
     """AdamW with projected gradients, 8-bit states and 8-bit weights.
 
@@ -243,17 +252,6 @@ class QGaLoreAdamW(_Resumable):
         small = [group["lr"] * projector.config.scale for _, (group, p) in self._places() if (projector := _projector(p))]
         if 0 < min(small) < 1e-6:
             warnings.warn(f"lr * scale = {min(small):.1e}: steps this small are lost in the rounding noise of 8-bit weights. Q-GaLore's lr is about 0.004 to 0.015, ten times AdamW's.", stacklevel=2)
-
-    def add_param_group(self, param_group):
-        """As in torch; raises ValueError for a setting that cannot be, or for float16 weights, which lose small updates."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        good = {"lr": 0 <= group["lr"] < math.inf, "betas": len(group["betas"]) == 2 and all(0 <= b < 1 for b in group["betas"]), "eps": 0 < group["eps"] < math.inf,
-                "weight_decay": 0 <= group["weight_decay"] < math.inf, "max_grad_norm": group["max_grad_norm"] is None or group["max_grad_norm"] > 0, "states": group["states"] in ("8bit", "32bit")}
-        for name in (name for name, fine in good.items() if not fine):
-            raise ValueError(f"{name}={group[name]!r} is not possible. Use lr and weight_decay >= 0, eps > 0, two betas in [0, 1), max_grad_norm > 0, states '8bit' or '32bit'.")
-        if any(p.dtype == torch.float16 and layer_of(p) is None for p in group["params"]):
-            raise ValueError("params holds float16 weights, in which small updates are lost. Use model.to(torch.bfloat16), which is rounded at random, or float32 under autocast.")
 
 # %% ../../nbs/03_q_galore/07_optimizer.ipynb #d478f1a6
 @contextmanager
