@@ -188,14 +188,10 @@ class QGaLore:
         return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
     def save_and_load(self, model, folder):
-        from safetensors.torch import load_file, save_file
+        from transformers import AutoModelForCausalLM
 
-        save_file(model.state_dict(), folder / "model.safetensors")
-        loaded = self.build()
-        for parameter in loaded.parameters():
-            parameter.data.zero_() if parameter.requires_grad and parameter.stride() != (0, 0) else None
-        loaded.load_state_dict(load_file(folder / "model.safetensors"))
-        return loaded
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder)
 
     def apply_and_undo(self, model):
         """Quantizing is lossy, so there is nothing to undo; but a copy that is trained must share nothing with its model."""
@@ -212,7 +208,66 @@ class QGaLore:
         ]
 
 
-CHAPTERS = {"magicpig": MagicPIG(), "q_galore": QGaLore(), "cogo": CoGO()}
+class WeLore:
+    """A small random Llama, compressed along inputs that the seed chooses."""
+
+    def build(self, attn_implementation=None):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=48, intermediate_size=100, num_hidden_layers=2,
+                                            num_attention_heads=4, num_key_value_heads=2)).eval()
+
+    def tokens(self):
+        return torch.randint(128, (2, 40), generator=torch.Generator().manual_seed(1))
+
+    def compressed(self, model, seed=0):
+        from paperbook.welore import collect_grams, select_ranks, singular_spectra, welore_compress_
+
+        low = copy.deepcopy(model)
+        grams = collect_grams(low, [torch.randint(128, (4, 60), generator=torch.Generator().manual_seed(seed))])
+        welore_compress_(low, select_ranks(singular_spectra(low), 0.6), grams)
+        return low
+
+    @torch.no_grad()
+    def run(self, model, seed=0):
+        return self.compressed(model, seed)(self.tokens()).logits
+
+    def gradients(self, model):
+        low = self.compressed(model)
+        low(self.tokens(), labels=self.tokens()).loss.backward()
+        return [parameter.grad for parameter in low.parameters()]
+
+    def save_and_load(self, model, folder):
+        from transformers import AutoModelForCausalLM
+
+        low = self.compressed(model)
+        low.save_pretrained(folder / "low")
+        again = AutoModelForCausalLM.from_pretrained(folder / "low")
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in low.state_dict().items())
+        model.save_pretrained(folder / "dense")
+        return AutoModelForCausalLM.from_pretrained(folder / "dense")
+
+    def apply_and_undo(self, model):
+        """Compressing is lossy, so there is nothing to undo; but looking at a model must not change it."""
+        from paperbook.welore import collect_grams, select_ranks, singular_spectra
+
+        select_ranks(singular_spectra(model))
+        collect_grams(model, [self.tokens().repeat(2, 1)])
+
+    def wrong_input(self):
+        from paperbook.welore import merge_low_rank_, select_ranks, singular_spectra, welore_compress_
+
+        spectra = singular_spectra(self.build())
+        return [
+            (lambda: select_ranks(spectra, 1.0), ValueError, ["err=1.0"]),
+            (lambda: singular_spectra(self.build(), "encoder"), ValueError, ["encoder"]),
+            (lambda: welore_compress_(self.build(), {"model.norm": 3}), ValueError, ["model.norm"]),
+            (lambda: merge_low_rank_(self.build()), ValueError, ["LowRankLinear"]),
+        ]
+
+
+CHAPTERS = {"magicpig": MagicPIG(), "q_galore": QGaLore(), "welore": WeLore(), "cogo": CoGO()}
 OWN = {"core", "reference"}  # the house itself makes no such promise
 
 chapters = pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=CHAPTERS)
