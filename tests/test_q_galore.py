@@ -702,3 +702,24 @@ def test_a_new_run_is_not_mixed_with_an_earlier_one(tmp_path):
     with pytest.raises(ValueError, match="--resume"):
         _last_checkpoint(tmp_path, 9, False)
     assert _last_checkpoint(tmp_path, 9, True).endswith("checkpoint-4")
+
+
+def test_a_gradient_below_the_norm_is_not_blown_up():
+    def after(norm):
+        model = net()
+        train(model, QGaLoreAdamW(model.parameters(), lr=1e-2, max_grad_norm=norm))
+        return model.state_dict()
+
+    free, wide, tight = after(None), after(1e9), after(1e-3)
+    assert all(torch.equal(free[name], wide[name]) for name in free)
+    assert any(not torch.equal(free[name], tight[name]) for name in free)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_small_second_moment_never_becomes_zero(backend):
+    g = torch.ones(256)
+    g[7] = 3e-4  # a gradient once, small beside its neighbours', then never again
+    moments, updates = new_state8(g), []
+    for step in range(1, 9):
+        updates.append(adam8(moments, g if step == 1 else torch.where(g < 1, 0.0, g), step, backend=backend)[7].abs().item())
+    assert max(updates) < 1.2
