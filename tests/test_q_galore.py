@@ -637,10 +637,10 @@ def test_a_folder_without_codes_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
     save_file({name: t for name, t in load_file(file).items() if "layers.1.mlp.up_proj.scale" not in name}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="no codes for model.layers.1.mlp.up_proj"):
+    with pytest.raises(ValueError, match="no Int8Linear for model.layers.1.mlp.up_proj"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     LlamaForCausalLM(model.config).save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="no codes for"):
+    with pytest.raises(ValueError, match="no Int8Linear for"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
 
 

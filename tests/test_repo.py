@@ -174,7 +174,6 @@ def test_notebook_takes_parameters(path):
     assert values["scale"] == "ci" and values["seed"] == 0
 
 
-# A debt, not a licence: classes that are still one cell each. Split them, and take their notebook off this list.
 @every_notebook
 def test_notebook_can_be_read(path):
     words = sum(len(cell["source"].split()) for cell in cells(path, "markdown"))

@@ -191,7 +191,7 @@ def test_an_incomplete_folder_is_refused(tmp_path):
     compressed().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({name: t for name, t in load_file(file).items() if "layers.1.mlp.up_proj.down" not in name}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="no factors of model.layers.1.mlp.up_proj"):
+    with pytest.raises(ValueError, match="no LowRankLinear for model.layers.1.mlp.up_proj"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

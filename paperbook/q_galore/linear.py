@@ -6,8 +6,7 @@
 __all__ = ['TARGETS', 'int8_linear', 'int8_linear_backward', 'Int8Linear', 'layer_of', 'target_linears', 'quantize_weights_',
            'mark_quantized_', 'dequantize_']
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #e47f09cf
-import copy
+# %% ../../nbs/03_q_galore/06_linear.ipynb #23d4e247
 import re
 import weakref
 from dataclasses import asdict
@@ -15,10 +14,8 @@ from dataclasses import asdict
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..core.folders import FolderReader, describe_layers, register_reader
 from .projection import Projector, QGaLoreConfig
 from .quantize import Quantized, quantize
 
@@ -242,28 +239,14 @@ def quantize_weights_(model, config=None, target_modules=TARGETS):
         model.set_submodule(name, Int8Linear(linear, config, name, index).train(linear.training))
     return mark_quantized_(model)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #8c40c011
-def _own_config(model):
-    """Give a model and its parts a copy of their configuration: another model may have been made from the same object."""
-    copies = {}
-    model.config = copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        if id(getattr(module, "config", None)) in copies:
-            module.config = copies[id(module.config)]
-
-
+# %% ../../nbs/03_q_galore/06_linear.ipynb #f49a132c
 def mark_quantized_(model):
     """Tell DistributedDataParallel that the layers average by themselves, and the configuration which layers hold codes, for `from_pretrained`."""
-    if hasattr(model, "config"):
-        _own_config(model)
     layers = {name: module.projector for name, module in model.named_modules() if isinstance(module, Int8Linear)}
     others = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith(".projected")]
     model._ddp_params_and_buffers_to_ignore = others + [f"{name}.projected" for name in layers]
-    if layers and hasattr(model, "config"):
-        groups = [{"config": asdict(config), "layers": {name: layer.index for name, layer in layers.items() if layer.config == config}} for config in dict.fromkeys(layer.config for layer in layers.values())]
-        model.config.quantization_config = {"quant_method": "q_galore", "groups": groups}
-    elif hasattr(getattr(model, "config", None), "quantization_config"):
-        del model.config.quantization_config
+    groups = [{"config": asdict(config), "layers": {name: layer.index for name, layer in layers.items() if layer.config == config}} for config in dict.fromkeys(layer.config for layer in layers.values())]
+    describe_layers(model, "q_galore", {"groups": groups} if groups else None)
     return model
 
 
@@ -282,38 +265,22 @@ def dequantize_(model, dtype=None):
         model.set_submodule(name, linear.train(layer.training))
     return mark_quantized_(model)
 
-# %% ../../nbs/03_q_galore/06_linear.ipynb #d140052c
-class _SavedCodes(QuantizationConfigMixin):
-    """The part of config.json that `mark_quantized_` writes."""
+# %% ../../nbs/03_q_galore/06_linear.ipynb #82d235de
+class _Reader(FolderReader):
+    """Makes the `Int8Linear` layers of a saved model, without memory until they are filled."""
 
-    def __init__(self, groups, **kwargs):
-        self.quant_method, self.groups = "q_galore", groups
+    plain, layer, tensors = nn.Linear, Int8Linear, ("qweight", "scale", "zero")
 
+    def entries(self):
+        return [(name, (QGaLoreConfig(**group["config"]), index)) for group in self.quantization_config.groups for name, index in group["layers"].items()]
 
-class _Reader(HfQuantizer):
-    """Makes the `Int8Linear` layers of a saved model before transformers fills them."""
+    def make(self, plain, name, config, index):
+        return Int8Linear(plain, config, name, index)
 
-    is_trainable = True
-
-    def is_serializable(self):
-        return True
-
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        there, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
-        for group in self.quantization_config.groups:
-            for name, index in group["layers"].items():  # a model with a head reads the folder of one without, and the other way round
-                found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if type(there.get(known)) is nn.Linear), None)
-                if found is None:
-                    raise ValueError(f"the folder holds codes for {name}, which {type(model).__name__} has not. Load it with the class it was saved from.")
-                model.set_submodule(found, Int8Linear(there[found], QGaLoreConfig(**group["config"]), found, index))
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        for name, layer in ((name, module) for name, module in model.named_modules() if isinstance(module, Int8Linear)):
-            if not all(getattr(t, "_is_hf_initialized", False) for t in (layer.qweight, layer.scale, layer.zero)):
-                raise ValueError(f"the folder holds no codes for {name}, though its config.json says so. It is incomplete, or a plain model was saved with the configuration of a quantized one.")
+    def finish(self, model):
+        for layer in (module for module in model.modules() if isinstance(module, Int8Linear)):
             layer._renew(torch.empty(0, dtype=layer.projected.dtype, device=layer.scale.device), True)
-        self.remove_quantization_config(model)  # for transformers the model is an ordinary one from here on
         return mark_quantized_(model)
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING["q_galore"], AUTO_QUANTIZER_MAPPING["q_galore"] = _SavedCodes, _Reader
+register_reader("q_galore", _Reader)

@@ -100,7 +100,7 @@ def _step_projected(p, R, state, group, step, projector, layer):
         w = (p.to(torch.promote_types(p.dtype, torch.float32)) - lr * projector.up(N)).mul_(keep)
         p.copy_(round_bfloat16(w, key) if p.dtype == torch.bfloat16 else w)
 
-# %% ../../nbs/03_q_galore/07_optimizer.ipynb #25057849
+# %% ../../nbs/03_q_galore/07_optimizer.ipynb #b4fc88b5
 class _Stepping(torch.optim.Optimizer):
     """Steps of parameters, projected or not."""
 
@@ -142,7 +142,7 @@ class _Stepping(torch.optim.Optimizer):
         state["step"] = step = step + 1
         if projector:
             return _step_projected(p, g, state, group, step, projector, layer)
-        seed = _projector(self._projected()[0][1]).config.seed if p.dtype == torch.bfloat16 else 0
+        seed = next(found.config.seed for _, (_, q) in self._places() if (found := _projector(q)))
         _step_plain(p, g, state, group, step, noise_key(seed, (1 << 32) + place, step))
 
 # %% ../../nbs/03_q_galore/07_optimizer.ipynb #a41f4c99

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LowRankLinear', 'Compression', 'welore_compress_', 'mark_low_rank_', 'merge_low_rank_']
 
-# %% ../../nbs/04_welore/05_compress.ipynb #68c68b4a
-import copy
+# %% ../../nbs/04_welore/05_compress.ipynb #421e8922
 import re
 import warnings
 from dataclasses import dataclass
@@ -16,10 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..core.folders import FolderReader, describe_layers, register_reader
 from .factors import factorize
 from .ranks import break_even
 from .spectra import as_matrix
@@ -41,7 +38,7 @@ class _Factors(nn.Module):
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
-# %% ../../nbs/04_welore/05_compress.ipynb #854470b8
+# %% ../../nbs/04_welore/05_compress.ipynb #0fd6993f
 class LowRankLinear(_Factors):
     """`nn.Linear` with a weight of low rank: `weight` (out_features, rank) times `down` (rank, in_features), and a bias.
 
@@ -73,7 +70,8 @@ class LowRankLinear(_Factors):
     def merge(self):
         """The plain layer with the product of the factors."""
         made = Conv1D(self.out_features, self.in_features) if self.transposed else nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        product = (self.weight.float() @ self.down.float()).to(self.weight.dtype)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        product = (self.weight.to(wide) @ self.down.to(wide)).to(self.weight.dtype)
         made.weight = nn.Parameter(product.T.contiguous() if self.transposed else product)
         made.bias = self.bias
         return made.train(self.training)
@@ -122,7 +120,7 @@ def _shared(model):
             (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared
 
-# %% ../../nbs/04_welore/05_compress.ipynb #8a9550e2
+# %% ../../nbs/04_welore/05_compress.ipynb #96919b1b
 def welore_compress_(model, ranks, grams=None, lrc_threshold=0.5, only_lrc=True):
     """Replace linear layers of a transformers model by `LowRankLinear`, in place; returns a `Compression`.
 
@@ -146,64 +144,35 @@ def welore_compress_(model, ranks, grams=None, lrc_threshold=0.5, only_lrc=True)
         raise ValueError(f"no layer has a rank below {lrc_threshold} of its full one and small enough to save anything: nothing would be cut. Select lower ranks (a larger err), or only_lrc=False.")
     for name, layer in made.items():
         model.set_submodule(name, layer)
-    return mark_low_rank_(Compression(rows), model)
+    mark_low_rank_(model)
+    return Compression(rows)
 
-# %% ../../nbs/04_welore/05_compress.ipynb #1ca2bfa9
-def _own_config(model):
-    """Give a model and its parts a copy of their configuration: another model may have been made from the same object."""
-    copies = {}
-    model.config = copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        if id(getattr(module, "config", None)) in copies:
-            module.config = copies[id(module.config)]
-
-
-def mark_low_rank_(result, model):
-    """Write the ranks of a model's `LowRankLinear` layers into its configuration; returns `result`."""
-    if hasattr(model, "config"):
-        _own_config(model)
-    layers = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    if layers and hasattr(model, "config"):
-        model.config.quantization_config = {"quant_method": "welore", "ranks": layers}
-    elif hasattr(getattr(model, "config", None), "quantization_config"):
-        del model.config.quantization_config
-    return result
-
-# %% ../../nbs/04_welore/05_compress.ipynb #7da0c0ff
-class _SavedRanks(QuantizationConfigMixin):
-    """The part of config.json that `mark_low_rank_` writes."""
-
-    def __init__(self, ranks, **kwargs):
-        self.quant_method, self.ranks = "welore", ranks
+# %% ../../nbs/04_welore/05_compress.ipynb #cce711ba
+def mark_low_rank_(model):
+    """Write the ranks of a model's `LowRankLinear` layers into its configuration, for `from_pretrained`; returns the model."""
+    ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    describe_layers(model, "welore", {"ranks": ranks} if ranks else None)
+    return model
 
 
-class _Reader(HfQuantizer):
-    """Makes the `LowRankLinear` layers of a saved model before transformers fills them."""
+class _Reader(FolderReader):
+    """Makes the `LowRankLinear` layers of a saved model."""
 
-    is_trainable = True
+    plain, layer, tensors = nn.Linear | Conv1D, LowRankLinear, ("weight", "down")
 
-    def is_serializable(self):
-        return True
+    def entries(self):
+        return [(name, (rank,)) for name, rank in self.quantization_config.ranks.items()]
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        there, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
-        for name, rank in self.quantization_config.ranks.items():  # a model with a head reads the folder of one without, and the other way round
-            found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if isinstance(there.get(known), nn.Linear | Conv1D)), None)
-            if found is None:
-                raise ValueError(f"the folder holds factors of {name}, which {type(model).__name__} has not. Load it with the class it was saved from.")
-            model.set_submodule(found, LowRankLinear.like(there[found], rank))
+    def make(self, plain, name, rank):
+        return LowRankLinear.like(plain, rank)
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        for name, layer in ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)):
-            if not all(getattr(t, "_is_hf_initialized", False) for t in (layer.weight, layer.down)):
-                raise ValueError(f"the folder holds no factors of {name}, though its config.json says so. It is incomplete, or a plain model was saved with the configuration of a compressed one.")
-        self.remove_quantization_config(model)  # for transformers the model is an ordinary one from here on
-        return mark_low_rank_(model, model)
+    def finish(self, model):
+        return mark_low_rank_(model)
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING["welore"], AUTO_QUANTIZER_MAPPING["welore"] = _SavedRanks, _Reader
+register_reader("welore", _Reader)
 
-# %% ../../nbs/04_welore/05_compress.ipynb #30c37036
+# %% ../../nbs/04_welore/05_compress.ipynb #4ef45836
 def merge_low_rank_(model):
     """Replace each `LowRankLinear` by the plain layer with the product of its factors, in place; returns the model.
 
@@ -214,4 +183,4 @@ def merge_low_rank_(model):
         raise ValueError(f"{type(model).__name__} holds no LowRankLinear: there is nothing to merge.")
     for name, layer in layers.items():
         model.set_submodule(name, layer.merge())
-    return mark_low_rank_(model, model)
+    return mark_low_rank_(model)

@@ -46,7 +46,7 @@ def factorize(W, rank, gram=None, damping=0.01):
     size = torch.where(size > 0, size, 1.0)
     return (U * size).to(W.dtype), (V / size[:, None]).to(W.dtype)
 
-# %% ../../nbs/04_welore/04_factors.ipynb #d33fb336
+# %% ../../nbs/04_welore/04_factors.ipynb #9b4ac636
 class _Collector:
     """Adds up x^T x at the inputs of linear layers."""
 
@@ -57,7 +57,7 @@ class _Collector:
     def _hook(self, name):
         def add(module, inputs):
             x = inputs[0]
-            if x is self.last[0] and self.grams.get(name, self.grams[self.last[1]]) is self.grams[self.last[1]]:  # q, k, v have one input
+            if x is self.last[0]:  # query, key and value have one input
                 self.grams[name], self.rows[name] = self.grams[self.last[1]], self.rows[self.last[1]]
                 return
             keep = x[self.mask] if self.mask is not None and self.mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
