@@ -10,7 +10,6 @@ __all__ = ['WINDOW', 'app', 'Model', 'Err', 'Method', 'Budget', 'Layers', 'load'
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
 import torch
 import typer
 from rich.console import Console
@@ -54,21 +53,23 @@ def token_rows(path, tokenizer, rows, hint):
 # %% ../../nbs/04_welore/06_cli.ipynb #31f67809
 def draw(spectra, ranks, path):
     """Save a picture of the scaled spectra, one small plot a kind of layer, with the cut of `ranks` (or None) as dots."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     kinds = list(dict.fromkeys(name.split(".")[-1] for name in spectra.values))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(2.2 * len(kinds), 2.4), sharey=True, squeeze=False)
+    figure = Figure(figsize=(2.2 * len(kinds), 2.4), layout="constrained")
+    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
         named = {name: s for name, s in spectra.values.items() if name.split(".")[-1] == kind}
         for i, (name, s) in enumerate(named.items()):
             x, y = torch.linspace(0, 1, len(s)), s / s[0].clamp(min=1e-30)
-            axis.plot(x, y, lw=0.7, color=plt.cm.viridis(i / max(1, len(named) - 1)))
+            axis.plot(x, y, lw=0.7, color=colormaps["viridis"](i / max(1, len(named) - 1)))
             if ranks is not None and ranks[name] < len(s):
                 axis.plot(x[ranks[name]], y[ranks[name]], ".", ms=3, color="crimson")
         axis.set_yscale("log"), axis.set_ylim(1e-3, 1.2), axis.set_title(kind, fontsize=8)
     axes[0][0].set_ylabel("singular value / largest", fontsize=8)
     figure.supxlabel("index, as a share of all; colour: depth", fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def show(console, rows):
