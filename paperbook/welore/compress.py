@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LowRankLinear', 'Compression', 'welore_compress_', 'mark_low_rank_', 'merge_low_rank_']
 
-# %% ../../nbs/04_welore/05_compress.ipynb #421e8922
+# %% ../../nbs/04_welore/05_compress.ipynb #c41818c0
 import re
 import warnings
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -21,16 +22,26 @@ from .factors import factorize
 from .ranks import break_even
 from .spectra import as_matrix
 
-# %% ../../nbs/04_welore/05_compress.ipynb #e84cb566
+# %% ../../nbs/04_welore/05_compress.ipynb #0011b7ef
 class _Factors(nn.Module):
     """Two factors and a bias, and what they compute."""
 
     def __init__(self, in_features, out_features, rank, bias=True, transposed=False, device=None, dtype=None):
         super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank={rank} must be in 1..{min(in_features, out_features)}, the smaller of {in_features} inputs and {out_features} outputs.")
         self.in_features, self.out_features, self.rank, self.transposed = in_features, out_features, rank, transposed
         self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Small random factors, a bias of zero."""
+        for factor in (self.weight, self.down):
+            nn.init.kaiming_uniform_(factor, a=5**0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x):
         return F.linear(F.linear(x, self.down), self.weight, self.bias)
@@ -38,7 +49,7 @@ class _Factors(nn.Module):
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
-# %% ../../nbs/04_welore/05_compress.ipynb #0fd6993f
+# %% ../../nbs/04_welore/05_compress.ipynb #3e7511b6
 class LowRankLinear(_Factors):
     """`nn.Linear` with a weight of low rank: `weight` (out_features, rank) times `down` (rank, in_features), and a bias.
 
@@ -61,7 +72,7 @@ class LowRankLinear(_Factors):
         """The best one of `rank` for an `nn.Linear` or `Conv1D`; gram: see `factorize`. The bias is taken over as it is."""
         layer = cls.like(module, rank)
         for parameter, value in zip((layer.weight, layer.down), factorize(as_matrix(module), rank, gram), strict=True):
-            parameter.copy_(value)
+            parameter.copy_(value).requires_grad_(module.weight.requires_grad)
         if module.bias is not None:
             layer.bias = module.bias
         return layer.train(module.training)
@@ -72,7 +83,7 @@ class LowRankLinear(_Factors):
         made = Conv1D(self.out_features, self.in_features) if self.transposed else nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         product = (self.weight.to(wide) @ self.down.to(wide)).to(self.weight.dtype)
-        made.weight = nn.Parameter(product.T.contiguous() if self.transposed else product)
+        made.weight = nn.Parameter(product.T.contiguous() if self.transposed else product, self.weight.requires_grad)
         made.bias = self.bias
         return made.train(self.training)
 
@@ -97,37 +108,43 @@ class Compression:
         cut = sum(row["kind"] == "low rank" for row in self.rows)
         return f"{cut} of {len(self.rows)} layers are low-rank; rank reduction {self.err:.3f}; {self.kept:.3f} of the layers' parameters are left"
 
-# %% ../../nbs/04_welore/05_compress.ipynb #a81f2696
+# %% ../../nbs/04_welore/05_compress.ipynb #314d84b3
 def _check(model, ranks, grams):
     """The modules that `ranks` names. Raises ValueError for a model that is compressed, unknown names, missing Gram matrices."""
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise ValueError("the model is compressed already. Start from the dense checkpoint, or merge_low_rank_(model) first.")
     modules = dict(model.named_modules())
-    if unknown := [name for name in ranks if not isinstance(modules.get(name), nn.Linear | Conv1D)]:
+    if not ranks:
+        raise ValueError("ranks is empty: nothing would be cut. Select them from this model's spectra.")
+    if unknown := [name for name in ranks if type(modules.get(name)) not in (nn.Linear, Conv1D)]:
         raise ValueError(f"ranks names {', '.join(unknown[:3])}, no linear layer of this {type(model).__name__}. Select ranks from this model's spectra.")
+    for name, rank in ranks.items():
+        full = min(modules[name].weight.shape)
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= full:
+            raise ValueError(f"ranks holds {rank!r} for {name}: it must be a whole number in 1..{full}.")
     if grams is not None and (missing := [name for name in ranks if name not in grams]):
-        raise ValueError(f"grams lacks {', '.join(missing[:3])}. Collect them with the same target_modules.")
+        raise ValueError(f"grams lacks {', '.join(missing[:3])}: other target_modules were collected, or the model never calls these layers. Collect them, or leave them out of ranks.")
     if fused := [name for name in ranks if re.search(r"(?i)c_attn|qkv|query_key_value", name)]:
         warnings.warn(f"{fused[0]} and others hold query, key and value in one matrix: they get one rank for the three.", stacklevel=3)
     return {name: modules[name] for name in ranks}
 
 
 def _shared(model):
-    """Ids of parameters that more than one module holds."""
+    """Ids of parameters that more than one module holds, or one module in two places."""
     seen, shared = set(), set()
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared
 
-# %% ../../nbs/04_welore/05_compress.ipynb #96919b1b
-def welore_compress_(model, ranks, grams=None, lrc_threshold=0.5, only_lrc=True):
+# %% ../../nbs/04_welore/05_compress.ipynb #7efef6ea
+def welore_compress_(model, ranks, grams=None, lrc_threshold=1.0, only_lrc=True):
     """Replace linear layers of a transformers model by `LowRankLinear`, in place; returns a `Compression`.
 
-    ranks: name -> rank, of `select_ranks` or your own. grams: of `collect_grams`, for factors that keep outputs rather than weights.
-    only_lrc: leave layers dense whose rank is lrc_threshold of the full one or more (the paper's fine-tuning), or for which
-        factors would be larger. False: cut all, as the paper's compression script; where factors would be larger, the
-        cut weight is stored dense.
+    ranks: name -> rank, of `select_ranks` or your own. grams: of `collect_grams`, for factors that keep the loss rather than weights.
+    only_lrc: leave layers dense for which factors would be larger, or whose rank is lrc_threshold of the full one or more;
+        0.5 is the paper's for fine-tuning. False: cut all, as the paper's compression script; where factors would be larger,
+        the cut weight is stored dense.
     Raises ValueError when the model is compressed already, `ranks` or `grams` do not fit, or nothing would be cut.
     """
     found, tied, rows, made = _check(model, ranks, grams), _shared(model), [], {}
@@ -141,7 +158,8 @@ def welore_compress_(model, ranks, grams=None, lrc_threshold=0.5, only_lrc=True)
         made[name] = layer if smaller else layer.merge()
         rows.append({"layer": name, "full": min(m, n), "rank": rank, "dense": m * n, "parameters": rank * (m + n) if smaller else m * n, "kind": "low rank" if smaller else "cut, stored dense"})
     if not made:
-        raise ValueError(f"no layer has a rank below {lrc_threshold} of its full one and small enough to save anything: nothing would be cut. Select lower ranks (a larger err), or only_lrc=False.")
+        share = min(ranks[name] / row["full"] for name, row in zip(found, rows, strict=True))
+        raise ValueError(f"nothing would be cut: no layer has a rank below {lrc_threshold if only_lrc else 1.0} of its full one and small enough to save anything; the lowest has {share:.2f}. Select lower ranks by a larger err.")
     for name, layer in made.items():
         model.set_submodule(name, layer)
     mark_low_rank_(model)

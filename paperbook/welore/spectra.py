@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/04_welore/02_spectra.ipynb #816fc971
+# %% ../../nbs/04_welore/02_spectra.ipynb #042c4149
 BLOCKS = r"\.\d+\."  # a number in the path: inside a list of blocks
 
 
@@ -29,11 +29,15 @@ def as_matrix(module):
 
 
 def linear_layers(model, target_modules=BLOCKS):
-    """Name -> module for each `nn.Linear` and `Conv1D` whose path matches the regular expression.
+    """Name -> module for each `nn.Linear` and `Conv1D` whose path matches the regular expression; subclasses may compute something else and are left out.
 
-    Raises ValueError when none matches, TypeError when one that matches holds quantized codes.
+    Raises ValueError when none matches, TypeError when one that matches holds quantized codes or the model carries adapters.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if not isinstance(target_modules, str):
+        raise TypeError(f"target_modules={target_modules!r} must be one regular expression. Join several with '|'.")
+    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    if any(".lora_A." in name for name in linears):
+        raise TypeError(f"{type(model).__name__} carries LoRA adapters, which are linear layers too. Call merge_and_unload() first.")
     try:
         found = {name: module for name, module in linears.items() if re.search(target_modules, name)}
     except re.error as error:
@@ -41,7 +45,7 @@ def linear_layers(model, target_modules=BLOCKS):
     if not found:
         raise ValueError(f"target_modules={target_modules!r} matches no linear layer of {type(model).__name__}; it has: {', '.join(list(linears)[:8]) or 'none'}.")
     for name, module in found.items():
-        if not module.weight.is_floating_point():
+        if not module.weight.is_floating_point() or module.weight.element_size() < 2:  # float8 is a code as well
             raise TypeError(f"{name} holds codes of {module.weight.dtype}: its spectrum is that of the dequantized weight. Dequantize the model first.")
     return found
 
@@ -54,37 +58,44 @@ def singular_values(W):
     gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
     return torch.linalg.eigvalsh(gram).clamp(min=0).flip(0).sqrt().float()
 
-# %% ../../nbs/04_welore/02_spectra.ipynb #0b064fea
+# %% ../../nbs/04_welore/02_spectra.ipynb #5b5319ce
 def fingerprint(layers):
     """A hash of shapes and of a sample of the weights, to tell checkpoints apart."""
     digest = hashlib.sha256()
     for name, module in layers.items():
         W = module.weight.detach().flatten()
-        sample = W[:: max(1, W.numel() // 64)].float().cpu()
+        places = (torch.arange(64) * 0.6180339887 % 1 * W.numel()).long()  # scattered: even steps would stay in one column
+        sample = W[places.to(W.device)].float().cpu()
         digest.update(f"{name} {tuple(module.weight.shape)} {sample.tolist()}".encode())
     return digest.hexdigest()
 
 
 @dataclass
 class Spectra:
-    """Singular values of linear layers: `values[name]` (min(shape),) in descending order, `shapes[name]` (out, in)."""
+    """Singular values of linear layers: `values[name]` (min(shape),) in descending order, `shapes[name]` (out, in).
+
+    of: what they are values of: "weights", or, from `whitened_spectra`, "outputs" or "loss".
+    """
 
     values: dict
     shapes: dict
     fingerprint: str = ""
+    of: str = "weights"
 
     def save(self, path):
         """Write a safetensors file."""
-        save_file(self.values, str(path), {"fingerprint": self.fingerprint, "shapes": json.dumps(self.shapes)})
+        save_file(self.values, str(path), {"fingerprint": self.fingerprint, "of": self.of, "shapes": json.dumps(self.shapes)})
 
     @classmethod
     def load(cls, path):
         """Read what `save` wrote."""
         with safe_open(str(path), "pt") as file:
+            if "fingerprint" not in (file.metadata() or {}):
+                raise ValueError(f"{str(path)!r} holds no spectra. Name a file that Spectra.save wrote, or a new one.")
             shapes = {name: tuple(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()}
-            return cls({name: file.get_tensor(name) for name in shapes}, shapes, file.metadata()["fingerprint"])
+            return cls({name: file.get_tensor(name) for name in shapes}, shapes, file.metadata()["fingerprint"], file.metadata()["of"])
 
-# %% ../../nbs/04_welore/02_spectra.ipynb #406c475c
+# %% ../../nbs/04_welore/02_spectra.ipynb #5b72d7bf
 def singular_spectra(model, target_modules=BLOCKS, cache=None):
     """Singular values of the linear layers of a transformers model.
 
@@ -94,7 +105,7 @@ def singular_spectra(model, target_modules=BLOCKS, cache=None):
     """
     layers = linear_layers(model, target_modules)
     mark = fingerprint(layers)
-    if cache is not None and Path(cache).is_file() and (known := Spectra.load(cache)).fingerprint == mark:
+    if cache is not None and Path(cache).is_file() and (known := Spectra.load(cache)).fingerprint == mark and known.of == "weights":
         return known
     values, shapes = {}, {}
     for name, module in tqdm(layers.items(), desc="spectra", leave=False):
