@@ -256,7 +256,10 @@ def test_the_command_cuts_what_it_is_told_to(smollm2, tmp_path):
     assert again.exit_code == 2 and "in use" in again.output
     llama(vocab_size=len(words)).to(torch.bfloat16).save_pretrained(tmp_path / "half"), words.save_pretrained(tmp_path / "half")
     assert compress(*given, "--model", str(tmp_path / "half"), "--out", str(tmp_path / "half-out")).exit_code == 0
-    size = lambda name: (tmp_path / name / "model.safetensors").stat().st_size
+
+    def size(name):
+        return (tmp_path / name / "model.safetensors").stat().st_size
+
     assert size("half-out") < size("half")
 
 
@@ -402,7 +405,10 @@ def test_the_default_keeps_the_loss_better_than_the_paper():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad(), model(ids(4), labels=ids(4)).loss.backward(), optimizer.step()
-    loss = lambda model: model(ids(4), labels=ids(4)).loss.item()
+
+    def loss(model):
+        return model(ids(4), labels=ids(4)).loss.item()
+
     grams, rise = collect_grams(model, [ids(4)]), {}
     for way, ranks, moments in (("ours", select_ranks(whitened_spectra(model, grams), 0.4, budget="params"), grams), ("paper", select_ranks(singular_spectra(model), 0.4, budget="params"), None)):
         made = copy.deepcopy(model)
