@@ -85,8 +85,11 @@ def test_numba_rounds_as_torch_does(m, n, rank, group_size, seed):
     P, N = torch.randn(min(m, n), rank, generator=generator), torch.randn((m, rank) if right else (rank, n), generator=generator)
     for weight, backend in ((first, "torch"), (second, "numba")):
         update_int8_(weight, N, P, right, 0.05, 0.99, noise_key(seed, 0, 1), backend)
-    torch.testing.assert_close(first.scale, second.scale, rtol=1e-4, atol=0)
-    # A product summed in another order may move a number over a rounding edge, never by more than a step.
+    # A product summed in another order may move a number over a rounding edge, never by more than a step: a code, or a zero point.
+    same = first.zero == second.zero
+    torch.testing.assert_close(first.scale[same], second.scale[same], rtol=1e-4, atol=0)
+    torch.testing.assert_close(first.scale, second.scale, rtol=0.02, atol=0)
+    assert (~same).float().mean() < 0.01 + 2 / len(same)
     assert ((first.dequantize() - second.dequantize()).abs() <= 1.01 * first.scale.repeat_interleave(group_size)[: m * n].view(m, n) + 1e-6).all()
     assert (first.codes != second.codes).float().mean() < 0.01 + 2 / first.codes.numel()
 
