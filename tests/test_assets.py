@@ -1,6 +1,8 @@
 """core.assets: where an asset is looked for, how it is built once, and what is said when it is missing."""
 
 import dataclasses
+import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -9,6 +11,7 @@ import textwrap
 import time
 
 import pytest
+from safetensors.numpy import load_file
 
 from paperbook.core import assets
 from paperbook.core.assets import ASSETS, Asset, AssetMissing, UnknownAsset, find, status
@@ -191,9 +194,10 @@ def test_texts_are_long_and_stable():
 
 def test_every_asset_with_a_package_is_pinned():
     for asset in ASSETS.values():
-        assert asset.kind in ("model", "text") and asset.licence and asset.summary
-        if asset.package:
-            assert asset.version in asset.install and len(asset.sha256) == 64 and asset.pattern
+        assert asset.kind in ("model", "text", "images") and asset.licence and asset.summary
+        if asset.package:  # what Debian packages is pinned by its content alone
+            assert (asset.version or asset.package) in asset.install and len(asset.sha256) == 64 and asset.pattern
+            assert bool(asset.version) != bool(asset.system)
     with pytest.raises(dataclasses.FrozenInstanceError):
         ASSETS[MODEL].version = "9"
 
@@ -209,3 +213,56 @@ def test_the_converted_model_is_an_ordinary_folder(monkeypatch):
     assert config["model_type"] == "llama" and "quantization_config" not in config
     assert str(folder) not in (folder / "config.json").read_text()
     assert (folder / "tokenizer.json").is_file() and list(folder.glob("*.safetensors"))
+
+
+def idx_files(folder, asset):
+    """Two images of the idx format, and the digest of the training ones."""
+    folder.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + bytes(range(256)) * 6 + bytes(32)))
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes([3, 7])))
+    digest = hashlib.sha256(bytes(16) + bytes(range(256)) * 6 + bytes(32)).hexdigest()
+    return dataclasses.replace(asset, sha256=digest, system=str(folder))
+
+
+def test_images_become_one_file(tmp_path, monkeypatch):
+    asset = idx_files(tmp_path / "debian", ASSETS["Fashion-MNIST"])
+    monkeypatch.setitem(ASSETS, "Fashion-MNIST", asset)
+    found = load_file(find("Fashion-MNIST"))
+    assert found["train_images"].shape == (2, 28, 28) and found["test_labels"].tolist() == [3, 7]
+    assert found["train_images"].flatten()[:300].tolist() == [i % 256 for i in range(300)]
+    monkeypatch.setenv("PAPERBOOK_ASSETS", str(find("Fashion-MNIST").parent))
+    assert {row.source for row in status() if row.name == "Fashion-MNIST"} == {"folder"}
+
+
+def test_other_images_are_not_taken_for_these(tmp_path, monkeypatch):
+    asset = dataclasses.replace(idx_files(tmp_path / "debian", ASSETS["Fashion-MNIST"]), sha256="0" * 64)
+    monkeypatch.setitem(ASSETS, "Fashion-MNIST", asset)
+    with pytest.raises(AssetMissing, match="holds other images"):
+        find("Fashion-MNIST")
+
+
+def test_missing_images_name_their_command_or_come_by_torchvision(tmp_path, monkeypatch):
+    asset = dataclasses.replace(ASSETS["Fashion-MNIST"], system=str(tmp_path / "nowhere"))
+    monkeypatch.setitem(ASSETS, "Fashion-MNIST", asset)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(AssetMissing, match="apt-get install -y dataset-fashion-mnist"):
+        find("Fashion-MNIST")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def fetched(root, download):  # what torchvision leaves
+        small = idx_files(root / "FashionMNIST" / "raw", asset)
+        monkeypatch.setitem(ASSETS, "Fashion-MNIST", dataclasses.replace(small, system=asset.system))
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", fetched)
+    assert assets._from_torchvision(asset)
+    assert load_file(find("Fashion-MNIST"))["train_labels"].tolist() == [3, 7]
+
+
+def test_digits_are_split_evenly():
+    if next(row for row in status() if row.name == "MNIST-5k").source == "missing":
+        pytest.skip(ASSETS["MNIST-5k"].install)
+    found = load_file(find("MNIST-5k"))
+    assert found["train_images"].shape == (4000, 28, 28) and found["test_images"].shape == (1000, 28, 28)
+    assert [found[f"{part}_labels"].tolist().count(digit) for part in ("train", "test") for digit in range(10)] == [400] * 10 + [100] * 10
+    assert found["train_images"].max() == 255 and not {i.tobytes() for i in found["test_images"]} & {i.tobytes() for i in found["train_images"]}

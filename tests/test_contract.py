@@ -90,6 +90,68 @@ class MagicPIG:
         ]
 
 
+class AttentionTransfer:
+    """A small random ViT of transformers that copies the attention of another one."""
+
+    def teacher(self):
+        return self.build(seed=7)
+
+    def build(self, attn_implementation="sdpa", seed=0):
+        from transformers import ViTConfig, ViTForImageClassification
+
+        torch.manual_seed(seed)
+        return ViTForImageClassification(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                                                   image_size=32, patch_size=8, num_labels=5)).eval()
+
+    def tokens(self):
+        return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    def pair(self, model, mode="copy"):
+        from paperbook.attention_transfer import AttentionTransfer
+
+        return AttentionTransfer(self.teacher(), model, mode).eval()
+
+    @torch.no_grad()
+    def run(self, model, seed=0):
+        """The model's answer with copied maps, beside that of a fresh student."""
+        from paperbook.attention_transfer import student_from_teacher
+
+        copied = self.pair(model)(self.tokens()).logits
+        torch.manual_seed(seed)
+        return torch.cat([copied, student_from_teacher(model).eval()(self.tokens()).logits])
+
+    def gradients(self, model):
+        self.pair(model, "distill").train()(self.tokens(), labels=torch.tensor([0, 3])).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    def save_and_load(self, model, folder):
+        from transformers import ViTForImageClassification
+
+        self.pair(model, "distill").export().save_pretrained(folder)
+        return ViTForImageClassification.from_pretrained(folder).eval()
+
+    def apply_and_undo(self, model):
+        """Copying happens in a context; behind it the model is its own again."""
+        from paperbook.attention_transfer import AttentionTap
+
+        self.run(model)
+        with AttentionTap(model, until=1):
+            model(self.tokens())
+
+    def wrong_input(self):
+        from paperbook.attention_transfer import AttentionTap, AttentionTransfer, attention_ce
+
+        q, model = torch.zeros(1, 2, 5, 4), self.build()
+        return [
+            (lambda: AttentionTransfer(self.teacher(), model, "steal"), ValueError, ["mode", "'steal'", "distill"]),
+            (lambda: AttentionTransfer(self.teacher(), model, weight=-1), ValueError, ["weight=-1"]),
+            (lambda: AttentionTransfer(model, model), ValueError, ["share weights"]),
+            (lambda: AttentionTap(model, until=0), ValueError, ["until=0"]),
+            (lambda: attention_ce(q, q, q[:, :, :3], q[:, :, :3]), ValueError, ["5", "3", "queries"]),
+            (lambda: self.pair(model).export(), TypeError, ["copy", "teacher"]),
+        ]
+
+
 class CoGO:
     """A quadratic network on a small group, and the training that changes it."""
 
@@ -267,7 +329,7 @@ class WeLore:
         ]
 
 
-CHAPTERS = {"magicpig": MagicPIG(), "q_galore": QGaLore(), "welore": WeLore(), "cogo": CoGO()}
+CHAPTERS = {"attention_transfer": AttentionTransfer(), "magicpig": MagicPIG(), "q_galore": QGaLore(), "welore": WeLore(), "cogo": CoGO()}
 OWN = {"core", "reference"}  # the house itself makes no such promise
 
 chapters = pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=CHAPTERS)

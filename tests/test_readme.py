@@ -21,7 +21,7 @@ def scripts(root):
 
 @pytest.fixture
 def script(scripts):
-    assert len(scripts) == 4, "the README shows one way to import each chapter"
+    assert len(scripts) == 5, "the README shows one way to import each chapter"
     return scripts[0]
 
 
@@ -64,7 +64,7 @@ def test_cogo(scripts, tmp_path, monkeypatch):
     import os
 
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    loss, *lines = run(scripts[3], tmp_path, dict(os.environ)).splitlines()
+    loss, *lines = run(scripts[4], tmp_path, dict(os.environ)).splitlines()
     assert float(loss) < 1e-25 and len(lines) == 11 and all(line.split()[1] in ("4", "6") for line in lines)
 
 
@@ -84,3 +84,17 @@ def test_welore(scripts, smollm2, tmp_path, monkeypatch):
     said, text = run(scripts[2], tmp_path, dict(os.environ)).split("\n", 1)
     assert 0.88 < float(re.search(r"([\d.]+) of the layers' parameters", said)[1]) <= 0.9 and len(text.split()) > 20
     assert (tmp_path / "small" / "model.safetensors").is_file()
+
+
+def test_attention_transfer(scripts, tmp_path, monkeypatch):
+    import os
+
+    from paperbook.core.assets import AssetMissing, find
+
+    try:
+        find("Fashion-MNIST")
+    except AssetMissing as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    losses = [float(line) for line in run(scripts[3], tmp_path, dict(os.environ)).split()]
+    assert len(losses) == 20 and losses[-1] < losses[0]
