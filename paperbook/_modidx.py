@@ -512,6 +512,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'paperbook.core.bench._sample': ('00_core/bench.html#_sample', 'paperbook/core/bench.py'),
                                       'paperbook.core.bench._threads': ('00_core/bench.html#_threads', 'paperbook/core/bench.py'),
                                       'paperbook.core.bench.compare': ('00_core/bench.html#compare', 'paperbook/core/bench.py'),
+                                      'paperbook.core.bench.interval': ('00_core/bench.html#interval', 'paperbook/core/bench.py'),
                                       'paperbook.core.bench.machine': ('00_core/bench.html#machine', 'paperbook/core/bench.py'),
                                       'paperbook.core.bench.peak_memory': ('00_core/bench.html#peak_memory', 'paperbook/core/bench.py')},
             'paperbook.core.book': { 'paperbook.core.book.Chapter': ('00_core/book.html#chapter', 'paperbook/core/book.py'),
