@@ -45,14 +45,9 @@ def _from_timm(name):
     """A model of timm, and how its images are prepared."""
     import timm
 
-    if name == "fashion":
-        from paperbook.attention_transfer.teacher import MEAN, STD, load_teacher
+    from paperbook.attention_transfer.teacher import load_teacher
 
-        model = timm.create_model("vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, embed_dim=64, depth=4, num_heads=4, global_pool="avg", num_classes=0)
-        model.load_state_dict(load_teacher().state_dict())
-        model.pretrained_cfg |= dict(mean=(MEAN,), std=(STD,), input_size=(1, 28, 28), crop_pct=1.0, tag="fashion")
-    else:
-        model = timm.create_model(f"local-dir:{name}" if Path(name).is_dir() else name, pretrained=True)
+    model = load_teacher() if name == "fashion" else timm.create_model(f"local-dir:{name}" if Path(name).is_dir() else name, pretrained=True)
     config = timm.data.resolve_model_data_config(model)
     if config["input_size"][1] != config["input_size"][2]:
         raise ValueError(f"it takes images of {config['input_size'][1:]}: only square ones are prepared here")
@@ -326,14 +321,14 @@ def _console():
     return Console(stderr=True, force_jupyter=False, highlight=False)
 
 # %% ../../nbs/01_attention_transfer/13_cli.ipynb #794827a3
-def square(call, row, heads=None):
-    """Where the query at `row` (of a grid of patches, (y, x) as shares of 1) looks: (side, side), mean over heads. Raises ValueError when keys are no square of patches."""
+def square(call, at):
+    """Where the query `at` (y, x), as shares of the picture, looks: (side, side), mean over heads. Raises ValueError when keys are no square of patches."""
     batch, _, queries, keys = call.shape
     side = int(keys**0.5)
     prefix = keys - side * side
     if batch != 1 or queries != keys or prefix > 16:
         raise ValueError(f"{call.name} has maps of {call.shape}: only models whose every token sees the whole picture, a square of patches, can be drawn.")
-    y, x = (min(side - 1, int(part * side)) for part in row)
+    y, x = (min(side - 1, int(part * side)) for part in at)
     return call.map()[0, :, prefix + y * side + x, prefix:].mean(0).view(side, side)
 
 

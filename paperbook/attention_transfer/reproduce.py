@@ -6,13 +6,12 @@
 __all__ = ['METHODS', 'contestant', 'few', 'scores', 'fit', 'run']
 
 # %% ../../nbs/01_attention_transfer/08_reproduce.ipynb #c89fd494
-import math
-
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
+from .teacher import warm_cosine
 from .transfer import AttentionTransfer, student_from_teacher
 
 # %% ../../nbs/01_attention_transfer/08_reproduce.ipynb #b013b529
@@ -63,7 +62,7 @@ def fit(model, images, labels, epochs, rate, seed, deep, flip=True):
         losses = []
         for part in torch.randperm(len(images))[: len(images) // 64 * 64].view(-1, 64):
             for group, full in zip(optimizer.param_groups, base):
-                group["lr"] = full * min((step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
+                group["lr"] = full * warm_cosine(step, steps, 0.1)
             x, (dx, dy) = images[part], torch.randint(5, (2,)).tolist()
             x = torch.where(torch.rand(64, 1, 1, 1) < 0.5, x, x.flip(-1)) if flip else x
             x = F.pad(x, (2, 2, 2, 2), value=images.min().item())[..., dy : dy + 28, dx : dx + 28]
