@@ -29,7 +29,8 @@ from paperbook.attention_transfer import (
     student_from_teacher,
 )
 from paperbook.attention_transfer.cli import Images, app, load_model, open_image, read_folder, split
-from paperbook.attention_transfer.teacher import fashion_vit
+from paperbook.attention_transfer.compare import Ensemble, attention_jsd, linear_cka
+from paperbook.attention_transfer.teacher import fashion_vit, warm_cosine
 from paperbook.attention_transfer.transfer import MODES
 
 
@@ -580,3 +581,52 @@ def test_two_processes_train_one_student(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     history = json.loads((tmp_path / "out" / "transfer.json").read_text())["history"]
     assert max(row["step"] for row in history) == 6  # twelve images, four at a time, twice
+
+
+def test_an_ensemble_is_the_mean_of_probabilities():
+    pair = AttentionTransfer(vit(), vit(seed=1)).eval()
+    models = [vit(seed=2), pair, vit(seed=3)]
+    with torch.no_grad():
+        probabilities = [(out if isinstance(out, torch.Tensor) else out.logits).double().softmax(-1) for out in (model(images()) for model in models)]
+        answer = Ensemble(*models)(images())
+    torch.testing.assert_close(answer.double().exp(), sum(probabilities) / 3, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(answer, Ensemble(*models[::-1])(images()))
+
+
+def test_an_ensemble_keeps_what_one_model_rules_out():
+    class Says(nn.Module):
+        def __init__(self, *logits):
+            super().__init__()
+            self.logits = torch.tensor([logits])
+
+        def forward(self, x):
+            return self.logits
+
+    answer = Ensemble(Says(1e4, 0.0), Says(0.0, 1e4))(None)
+    torch.testing.assert_close(answer.exp(), torch.tensor([[0.5, 0.5]]))
+    assert Ensemble(Says(0.0, -1e4))(None).tolist() == [[0.0, -1e4]]
+
+
+def test_an_ensemble_refuses_what_has_no_mean():
+    with pytest.raises(ValueError, match="models is empty"):
+        Ensemble()
+    with pytest.raises(ValueError, match=r"\(2, 5\), \(2, 3\)"):
+        Ensemble(vit(), vit(num_classes=3))(images())
+
+
+@given(st.integers(2, 40), st.integers(1, 6), st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_likeness_stays_in_its_bounds(inputs, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    X, Y = (torch.randn(inputs, wide, generator=generator) for wide in (width, width + 1))
+    assert -1e-9 <= linear_cka(X, Y) <= 1 + 1e-9
+    P, Q = (torch.randn(2, 3, inputs, width, generator=generator).softmax(-1) for _ in range(2))
+    matched, ordered = attention_jsd(P, Q), attention_jsd(P, Q, match=False)
+    assert -1e-9 <= matched <= ordered + 1e-9 <= np.log(2) + 2e-9
+
+
+def test_the_rate_rises_then_falls():
+    shares = [warm_cosine(step, 200, 0.1) for step in range(200)]
+    top = int(np.argmax(shares))
+    assert 15 <= top <= 20 and shares[0] == 0.05 and shares[-1] < 1e-3
+    assert np.all(np.diff(shares[: top + 1]) > 0) and np.all(np.diff(shares[top:]) < 0)

@@ -7,9 +7,10 @@ import time
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from paperbook.core import bench
-from paperbook.core.bench import Comparison, compare, machine, peak_memory
+from paperbook.core.bench import Comparison, compare, interval, machine, peak_memory
 
 MIB = 2**20
 
@@ -125,3 +126,17 @@ def test_gpu_time_waits_and_memory_is_the_devices():
     assert rows[0]["ratio"] > 5  # without waiting, both would only be launches
     _, peak = peak_memory(lambda: (x + 1).sum().item())
     assert 256 * MIB <= peak < 300 * MIB
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [3, 3, 3], [0.1, -5.0, 2.2, 7.0, 1e3]])
+def test_interval_agrees_with_scipy(values):
+    middle, half = interval(values)
+    scale = np.std(values, ddof=1) / len(values) ** 0.5
+    low, high = t.interval(0.95, len(values) - 1, np.mean(values), scale) if scale else (3, 3)
+    np.testing.assert_allclose((middle - half, middle + half), (low, high))
+
+
+def test_interval_needs_two_runs_for_a_width_and_one_for_a_mean():
+    assert interval([4]) == (4.0, None)
+    with pytest.raises(ValueError, match="values is empty"):
+        interval([])
