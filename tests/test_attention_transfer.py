@@ -263,10 +263,10 @@ def test_a_plain_student_of_a_teacher_with_more_parts_is_warned_of():
 
 
 @pytest.mark.parametrize(("make", "error", "words"), [
-    (lambda: AttentionTransfer(vit(), vit(seed=1), heads=[]), ValueError, "heads is empty"),
+    (lambda: AttentionTransfer(vit(), vit(seed=1), heads=[]), ValueError, "nothing would be transferred"),
     (lambda: AttentionTransfer(vit(), vit(seed=1), weight=float("nan")), ValueError, "weight=nan"),
-    (lambda: AttentionTransfer(vit(), vit(seed=1), layers=[])(images()), ValueError, "names no layer"),
-    (lambda: AttentionTransfer(vit(), vit(seed=1), layers=[-4])(images()), ValueError, "names layer -1 of the student"),
+    (lambda: AttentionTransfer(vit(), vit(seed=1), layers=[])(images()), ValueError, "nothing would be transferred"),
+    (lambda: AttentionTransfer(vit(), vit(seed=1), layers=[-4])(images()), ValueError, "names layer -4 of the student"),
     (lambda: AttentionTransfer(vit(), vit(seed=1), heads=[7])(images()), ValueError, "heads=\\[7\\]"),
     (lambda: AttentionTransfer(vit(), vit(depth=2))(images()), ValueError, "layers={student's layer"),
     (lambda: AttentionTransfer(vit(), vit(num_heads=2), "copy")(images()), ValueError, "student_from_teacher"),
@@ -630,3 +630,57 @@ def test_the_rate_rises_then_falls():
     top = int(np.argmax(shares))
     assert 15 <= top <= 20 and shares[0] == 0.05 and shares[-1] < 1e-3
     assert np.all(np.diff(shares[: top + 1]) > 0) and np.all(np.diff(shares[top:]) < 0)
+
+
+def test_a_student_of_a_teacher_in_eval_mode_is_ready_to_train():
+    teacher = vit(proj_drop_rate=0.5, drop_path_rate=0.5)
+    pair = AttentionTransfer(teacher, student_from_teacher(teacher))
+    assert pair.student.training and not teacher.training
+    assert not torch.equal(pair(images()).logits, pair(images()).logits)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_differential_attention_is_refused_and_a_block_with_its_own_attention_seen(fused):
+    before = timm.layers.use_fused_attn()
+    try:
+        timm.layers.set_fused_attn(fused)
+        difference, parallel = (timm.create_model(name, img_size=64, depth=2) for name in ("vit_dwee_patch16_reg1_gap_256", "vit_pwee_patch16_reg1_gap_256"))
+    finally:
+        timm.layers.set_fused_attn(before)
+    with pytest.raises(NotImplementedError, match="difference of two maps"), AttentionTap(difference):
+        difference(images())
+    with AttentionTap(parallel) as tap:
+        parallel(images())
+    assert len(tap.calls) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(layers=[True, False]), dict(layers=2), dict(layers=[0, 0]), dict(heads=[0, 1, 1]), dict(heads={0: [1]}), dict(heads=slice(2)), dict(heads=[7], mode="copy"),
+     dict(layers=[-9]), dict(layers=slice(0, 9)), dict(weight="3"), dict(backend="cuda")],
+    ids=str,
+)
+def test_what_is_transferred_must_be_said_plainly(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        AttentionTransfer(vit(), vit(seed=1), **wrong)(images())
+
+
+def test_images_without_numbers_are_named():
+    with pytest.raises(ValueError, match="pixel_values"):
+        AttentionTransfer(vit(), vit(seed=1))(images() * torch.nan)
+
+
+def test_layers_may_be_changed_between_calls():
+    pair = AttentionTransfer(vit(), vit(seed=1), layers=[0])
+    first = pair(images()).layers
+    pair.layers = [0, 2]
+    both = pair(images()).layers
+    assert len(first) == 1 and len(both) == 2 and torch.allclose(first[0], both[0])
+
+
+def test_scales_and_masks_that_would_be_misread_are_refused():
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="scale_s is a tensor"):
+        attention_ce(q, q, q, q, scale_s=torch.ones((), requires_grad=True))
+    with pytest.raises(ValueError, match="mask_t is of torch.uint8"):
+        attention_ce(q, q, q, q, mask_t=torch.ones(3, 3, dtype=torch.uint8))

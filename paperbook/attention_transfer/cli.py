@@ -258,17 +258,19 @@ def train(
     layers: Annotated[str | None, typer.Option(help="Layers that are transferred, as 0:18, or pairs student=teacher as 0=1,1=3. Default: all.")] = None,
     weight: Annotated[float, typer.Option(help="Of the attention loss.")] = 3.0,
     epochs: Annotated[float, typer.Option(min=0.01)] = 20,
-    rate: Annotated[float, typer.Option(help="Learning rate of AdamW, at its height.")] = 1e-3,
+    rate: Annotated[float, typer.Option(min=1e-12, help="Learning rate of AdamW, at its height.")] = 1e-3,
     batch: Annotated[int, typer.Option(min=1, help="Images a device takes at once.")] = 64,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of each class that accuracy is measured on.")] = 0.2,
     flip: Annotated[bool, typer.Option(help="Mirror half of the training images.")] = True,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
 ):
     """Train a student on a folder of images, with the attention of a teacher."""
     from transformers import set_seed
 
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{str(out)!r} is a file. Name a new folder.", param_hint="--out")
     if out.is_dir() and any(out.iterdir()) and not resume:
         raise typer.BadParameter(f"{str(out)!r} is not empty. Name another folder, or --resume.", param_hint="--out")
     chosen, (source, prepared) = _layers(layers), load_model(teacher)
@@ -378,6 +380,8 @@ def maps(
 
     from paperbook.attention_transfer.compare import attention_jsd
 
+    if not out.parent.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        raise typer.BadParameter(f"{str(out)!r} cannot be written: name a .png, .jpg, .pdf or .svg in a folder that exists.", param_hint="--out")
     y, x = point(at)
     pixels, calls, pictures = zip(*(look(image, name, param, (y, x)) for name, param in ((teacher, "--teacher"), (student, "--student"))))
     count, both = max(map(len, pictures)), min(map(len, pictures))

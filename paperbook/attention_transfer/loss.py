@@ -114,6 +114,12 @@ def attention_ce(query_t, key_t, query_s, key_s, scale_t=None, scale_s=None, mas
     >>> round(attention_ce(q, k, q, k).item(), 4)  # two uniform maps of four keys: log 4
     1.3863
     """
+    for name, mask in (("mask_t", mask_t), ("mask_s", mask_s)):
+        if mask is not None and not (mask.is_floating_point() or mask.dtype == torch.bool):
+            raise ValueError(f"{name} is of {mask.dtype}: pass booleans, False where nobody looks, or numbers to add to the logits. {name}.bool() makes the first of zeros and ones.")
+    for name, scale in (("scale_t", scale_t), ("scale_s", scale_s)):
+        if isinstance(scale, torch.Tensor):
+            raise ValueError(f"{name} is a tensor, which would get no gradient: multiply the queries by it and pass {name}=1.0.")
     for side, q, k in (("teacher", query_t, key_t), ("student", query_s, key_s)):
         if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
             raise ValueError(f"the {side}'s queries and keys are {tuple(q.shape)} and {tuple(k.shape)}: both must be (batch, heads, tokens, head_dim), and only tokens may differ.")

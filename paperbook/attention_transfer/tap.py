@@ -106,9 +106,9 @@ class _Inside(TorchFunctionMode):
             self._inside.pop()
 
 # %% ../../nbs/01_attention_transfer/03_tap.ipynb #6db961a0
-_CHANNELS, _MIXED, _WINDOW = "attends between channels, not tokens", "mixes its heads after the softmax", "attends inside a window of each token"
+_CHANNELS, _MIXED, _WINDOW, _TWO = "attends between channels, not tokens", "mixes its heads after the softmax", "attends inside a window of each token", "takes the difference of two maps"
 REFUSED = {"XCA": _CHANNELS, "ChannelAttention": _CHANNELS, "CrossCovarianceAttn": _CHANNELS, "LinearSelfAttention": _CHANNELS, "MobileViTV2LinearSelfAttention": _CHANNELS,
-           "TalkingHeadAttn": _MIXED, "Attention2d with talking_head2": _MIXED, "Attention2dDownsample with talking_head2": _MIXED, "OutlookAttention": _WINDOW, "HaloAttn": _WINDOW}
+           "TalkingHeadAttn": _MIXED, "Attention2d with talking_head2": _MIXED, "Attention2dDownsample with talking_head2": _MIXED, "OutlookAttention": _WINDOW, "HaloAttn": _WINDOW, "DiffAttention": _TWO}
 
 
 def _kind(module):
@@ -140,7 +140,8 @@ class _Seeing(_Inside):
     def _softmax(self, func, logits, dim=-1, **kwargs):
         name, module, _ = next((place for place in reversed(self._inside) if not isinstance(place[1], torch.nn.Softmax)), self._inside[-1])
         kind = _kind(module)
-        if kind not in REFUSED and ("att" not in kind.lower() or dim not in (-1, logits.ndim - 1)):
+        attends = "att" in kind.lower() or hasattr(module, "attn_drop")
+        if kind not in REFUSED and (not attends or dim not in (-1, logits.ndim - 1)):
             return func(logits, dim, **kwargs)
         if kind not in REFUSED and logits.ndim != 4:
             raise NotImplementedError(f"{name}, a {kind}, has logits of {logits.ndim} dimensions where a map has (batch, heads, queries, keys): it cannot be read.")

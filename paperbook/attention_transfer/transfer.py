@@ -9,8 +9,9 @@ __all__ = ['MODES', 'student_from_teacher', 'TransferOutput', 'AttentionTransfer
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from .tap import AttentionTap
 
 # %% ../../nbs/01_attention_transfer/06_transfer.ipynb #e85396dc
 def student_from_teacher(teacher, num_classes=None):
-    """A model of the teacher's architecture, all its parts included, with fresh weights.
+    """A model of the teacher's architecture, all its parts included, with fresh weights, of its dtype and in `train` mode.
 
     teacher: a model of transformers or timm. num_classes: outputs of a new head; None: as many as the teacher has.
     The numbers come from torch's generator, so a seed makes it the same again. Raises ValueError when a weight of the teacher would be left in it.
@@ -34,7 +35,7 @@ def student_from_teacher(teacher, num_classes=None):
             raise ValueError(f"num_classes={num_classes}, and {type(teacher).__name__} has no head. Make the student of the class with one, from teacher.config.")
         if num_classes is not None:
             config.num_labels = num_classes
-        return type(teacher)(config)
+        return type(teacher)(config).to(teacher.device, teacher.dtype)
     if not hasattr(teacher, "init_weights"):
         raise ValueError(f"{type(teacher).__name__} has no init_weights, so its way of drawing weights is not known. Make the student yourself, by timm.create_model with the teacher's name and options.")
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -50,9 +51,20 @@ def student_from_teacher(teacher, num_classes=None):
     left = [name for name, p in student.named_parameters() if p.isnan().any()]
     if left:
         raise ValueError(f"{', '.join(left[:3])} of {type(teacher).__name__} cannot be drawn anew here and would be the teacher's. Make the student yourself, by timm.create_model with the teacher's name and options.")
-    return student
+    return student.train()
 
 # %% ../../nbs/01_attention_transfer/06_transfer.ipynb #d6043607
+def _check_indices(name, value):
+    """Raises ValueError unless `value` is None or names distinct whole numbers."""
+    if value is None:
+        return
+    wrong = f"{name}={value!r} must be a list of distinct whole numbers"
+    if isinstance(value, Mapping) or not isinstance(value, Iterable) or any(isinstance(i, bool) or not isinstance(i, Integral) for i in value):
+        raise ValueError(f"{wrong}, as [0, 2], or None for all.")
+    if len(set(value)) < len(value) or not len(value):
+        raise ValueError(f"{wrong}: {'nothing would be transferred' if not len(value) else 'one is there twice'}.")
+
+
 def _pairs(layers, of_student, of_teacher):
     """{student's layer: teacher's layer} for what `AttentionTransfer` was given as `layers`."""
     if isinstance(layers, Mapping):
@@ -60,15 +72,17 @@ def _pairs(layers, of_student, of_teacher):
     elif of_student != of_teacher:
         raise ValueError(f"teacher and student have {of_teacher} and {of_student} attention layers. Pass layers={{student's layer: teacher's layer, ...}}.")
     else:
-        chosen = range(of_student) if layers is None else range(of_student)[layers] if isinstance(layers, slice) else layers
-        pairs = {i: i for i in chosen}
-    pairs = {s + of_student * (s < 0): t + of_teacher * (t < 0) for s, t in pairs.items()}
+        chosen = slice(None) if layers is None else layers
+        bounds = [bound for bound in (chosen.start, chosen.stop) if bound is not None] if isinstance(chosen, slice) else []
+        if any(abs(bound) > of_student for bound in bounds):
+            raise ValueError(f"layers={layers!r} goes beyond the student's layers, of which there are {of_student}.")
+        pairs = {i: i for i in (range(of_student)[chosen] if isinstance(chosen, slice) else chosen)}
     if not pairs:
         raise ValueError(f"layers={layers!r} names no layer: nothing would be transferred. The student has {of_student}.")
     for side, count, index in [("student", of_student, i) for i in pairs] + [("teacher", of_teacher, i) for i in pairs.values()]:
-        if not 0 <= index < count:
+        if not -count <= index < count:
             raise ValueError(f"layers={layers!r} names layer {index} of the {side}, which has {count}.")
-    return pairs
+    return {s % of_student: t % of_teacher for s, t in pairs.items()}
 
 
 def _survey(teacher, student, layers, pixel_values, kwargs):
@@ -81,6 +95,8 @@ def _survey(teacher, student, layers, pixel_values, kwargs):
             for _ in range(2):
                 with torch.no_grad(), AttentionTap(model) as tap:
                     model(pixel_values, **kwargs)
+                if tap.calls[0].scores().isnan().any():
+                    raise ValueError(f"the first map of {type(model).__name__} is NaN: look at pixel_values and at its weights.")
                 if first is not None and not torch.allclose(first.scores(), tap.calls[0].scores()):
                     raise ValueError(f"{type(model).__name__} sees the same images differently from call to call, as a masked autoencoder does that shuffles its patches: maps of two such models do not belong together. Load its weights into a plain model.")
                 first = tap.calls[0]
@@ -98,6 +114,8 @@ def _some(theirs, own, heads):
     """`theirs` in the chosen heads, the student's `own` in the others."""
     if heads is None:
         return theirs
+    if not all(-part.shape[1] <= head < part.shape[1] for part in (theirs, own) for head in heads):
+        raise ValueError(f"heads={heads!r}, and teacher and student have {theirs.shape[1]} and {own.shape[1]}.")
     if theirs.shape[0] != own.shape[0] or theirs.shape[2:] != own.shape[2:]:
         raise ValueError(f"heads={heads!r} mixes tensors of {tuple(theirs.shape)} and {tuple(own.shape)}: heads of teacher and student must have one width. Leave heads out to copy all.")
     mixed = own.clone()
@@ -182,15 +200,18 @@ class _Pair(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown. Use one of: {', '.join(MODES)}.")
-        if not weight >= 0:
-            raise ValueError(f"weight={weight} must be 0 or more: it scales the attention loss.")
-        if heads is not None and not list(heads):
-            raise ValueError("heads is empty: nothing would be transferred. Name some, or None for all.")
+        if not isinstance(weight, Real) or not weight >= 0:
+            raise ValueError(f"weight={weight!r} must be a number of 0 or more: it scales the attention loss.")
+        if backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"backend={backend!r} is unknown. Use one of: auto, torch, triton.")
+        _check_indices("heads", heads)
+        if not isinstance(layers, (slice, Mapping)):
+            _check_indices("layers", layers)
         if any(p is q for p in teacher.parameters() for q in student.parameters()):
             raise ValueError("teacher and student share weights: the teacher must stay as it is. Make the student by student_from_teacher.")
         self.student, self.mode, self.layers, self.heads, self.weight, self.backend = student, mode, layers, None if heads is None else list(heads), weight, backend
         self.__dict__["teacher"] = teacher.eval().requires_grad_(False)  # no submodule: it is neither trained nor saved
-        self._known = None  # positions of layers among the calls of teacher and student, and their pairs
+        self._known = None  # layers, their positions among the calls of teacher and student, and their pairs
         if lacking := _parts(teacher) - _parts(student):
             warnings.warn(f"the teacher has {', '.join(sorted(lacking))}, which the student lacks: such pairs are reported to do worse than no teacher at all (arXiv 2605.07191). student_from_teacher makes a student with all parts.", stacklevel=2)
         if mode.startswith("copy") and (any(isinstance(module, nn.Dropout) and module.p and "attn_drop" in name for name, module in student.named_modules()) or getattr(getattr(student, "config", None), "attention_probs_dropout_prob", 0)):
@@ -227,6 +248,7 @@ class AttentionTransfer(_Pair):
     mode: "distill" adds `weight` times the cross-entropy of the maps, summed over layers and a mean over all else; "copy" computes with
         the teacher's maps, which it needs ever after; "copy_q", "copy_k" and "copy_v" with one part of them.
     layers: a slice or indices, or {student's: teacher's}; None: all. heads: indices of heads that are transferred; None: all.
+        Branches that a student drops at random (drop path) are dropped in the teacher's block of the same name, where it has one.
     weight: of the attention loss; the paper's is 3. backend: of `call_ce`.
 
     Called like the student, with `labels` if the task loss is wanted; returns a `TransferOutput`. In `eval` mode a student that distills
@@ -244,9 +266,9 @@ class AttentionTransfer(_Pair):
     def forward(self, pixel_values, labels=None, **kwargs):
         if self.mode == "distill" and not self.training:
             return self._output(self.student(pixel_values, **kwargs), labels)
-        if self._known is None:
-            self._known = _survey(self.teacher, self.student, self.layers, pixel_values, kwargs)
-        of_teacher, of_student, pairs = self._known
+        if self._known is None or self._known[0] != self.layers:
+            self._known = self.layers, *_survey(self.teacher, self.student, self.layers, pixel_values, kwargs)
+        _, of_teacher, of_student, pairs = self._known
         with _SharedDropPath(self.teacher, self.student):
             with torch.no_grad(), AttentionTap(self.teacher, until=1 + max(of_teacher[t] for t in pairs.values())) as seen:
                 self.teacher(pixel_values, **kwargs)

@@ -10,13 +10,17 @@ __all__ = ['FAST', 'TrainConfig', 'split_pairs', 'initial_net', 'dot_rows', 'add
 import json
 import math
 import os
+import platform
 import warnings
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 
 import numpy as np
 import torch
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -171,6 +175,29 @@ def gradients(w, table, train, h, squares, error, product, grad):
     losses[1] /= max(d * d - n, 1)
     return losses
 
+# %% ../../nbs/05_cogo/05_training.ipynb #de400002
+_FLUSH = 0x9FC0  # an x86 thread's usual mode, 0x1F80, with subnormal results and operands as zero
+
+
+@intrinsic
+def _float_mode(typingctx, mode):
+    """Set this thread's floating-point mode and return the one before; on other processors than x86 nothing is done."""
+
+    def codegen(context, builder, signature, args):
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return args[0]
+        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        place = cgutils.alloca_once(builder, word)
+        for name in ("llvm.x86.sse.stmxcsr", "llvm.x86.sse.ldmxcsr"):
+            function = builder.module.declare_intrinsic(name, (), ir.FunctionType(ir.VoidType(), [pointer]))
+            builder.call(function, [builder.bitcast(place, pointer)])
+            if name.endswith("stmxcsr"):
+                before = builder.load(place)
+                builder.store(args[0], place)
+        return before
+
+    return types.uint32(types.uint32), codegen
+
 # %% ../../nbs/05_cogo/05_training.ipynb #186f2bb8
 @njit(fastmath=FAST, cache=True)
 def _train_one(w, mean, square, table, train, weight_decay, coupled, learning_rate, begin, losses):
@@ -199,7 +226,9 @@ def train_steps(w, mean, square, table, train, weight_decay, coupled, learning_r
     train: bool (R, d, d); weight_decay: (R,) in the dtype of w; begin: steps taken before.
     """
     for run in prange(w.shape[0]):
+        before = _float_mode(np.uint32(_FLUSH))
         _train_one(w[run], mean[run], square[run], table, train[run], weight_decay[run], coupled, learning_rate, begin, losses[run])
+        _float_mode(before)
 
 # %% ../../nbs/05_cogo/05_training.ipynb #5eaf0747
 def save_net(net, path, tensors=None, **metadata):
