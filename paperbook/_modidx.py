@@ -213,6 +213,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'paperbook/attention_transfer/transfer.py'),
                                                        'paperbook.attention_transfer.transfer._task_loss': ( '01_attention_transfer/transfer.html#_task_loss',
                                                                                                              'paperbook/attention_transfer/transfer.py'),
+                                                       'paperbook.attention_transfer.transfer._warn_of_misfits': ( '01_attention_transfer/transfer.html#_warn_of_misfits',
+                                                                                                                   'paperbook/attention_transfer/transfer.py'),
                                                        'paperbook.attention_transfer.transfer.student_from_teacher': ( '01_attention_transfer/transfer.html#student_from_teacher',
                                                                                                                        'paperbook/attention_transfer/transfer.py')},
             'paperbook.attention_transfer.triton': { 'paperbook.attention_transfer.triton._TritonCrossEntropy': ( '01_attention_transfer/triton.html#_tritoncrossentropy',

@@ -103,7 +103,7 @@ def call_ce(teacher, student, backend="auto"):
     with torch.autocast(student.tensor.device.type, enabled=False):
         return _CrossEntropy.apply(teacher, student.detach(), student.query, student.key, student.logits)
 
-
+# %% ../../nbs/01_attention_transfer/04_loss.ipynb #attnce01
 def attention_ce(query_t, key_t, query_s, key_s, scale_t=None, scale_s=None, mask_t=None, mask_s=None, backend="auto"):
     """`call_ce` of the maps that queries and keys make: of a teacher (_t) and of a student (_s).
 

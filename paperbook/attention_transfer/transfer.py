@@ -84,7 +84,7 @@ def _pairs(layers, of_student, of_teacher):
             raise ValueError(f"layers={layers!r} names layer {index} of the {side}, which has {count}.")
     return {s % of_student: t % of_teacher for s, t in pairs.items()}
 
-
+# %% ../../nbs/01_attention_transfer/06_transfer.ipynb #survey01
 def _survey(teacher, student, layers, pixel_values, kwargs):
     """Positions of the layers among the calls of teacher and student, and their pairs, from a run that leaves no trace."""
     modes, positions = [(module, module.training) for module in student.modules()], []
@@ -191,6 +191,14 @@ def _task_loss(student, logits, labels):
         raise ValueError(f"labels need a student that tells one class of several; {type(student).__name__} answers with {tuple(logits.shape)}. Leave labels out and add a task loss of your own to out.attention.")
     return F.cross_entropy(logits, labels)
 
+# %% ../../nbs/01_attention_transfer/06_transfer.ipynb #misfit01
+def _warn_of_misfits(teacher, student, mode):
+    """Warns of a teacher with parts that the student lacks, and of copied maps with entries dropped."""
+    if lacking := _parts(teacher) - _parts(student):
+        warnings.warn(f"the teacher has {', '.join(sorted(lacking))}, which the student lacks: such pairs are reported to do worse than no teacher at all (arXiv 2605.07191). student_from_teacher makes a student with all parts.", stacklevel=3)
+    if mode.startswith("copy") and (any(isinstance(module, nn.Dropout) and module.p and "attn_drop" in name for name, module in student.named_modules()) or getattr(getattr(student, "config", None), "attention_probs_dropout_prob", 0)):
+        warnings.warn("the student drops entries of its maps at random (attn_drop, attention_probs_dropout_prob), copied ones too. Set it to 0.", stacklevel=3)
+
 # %% ../../nbs/01_attention_transfer/06_transfer.ipynb #a38283e3
 class _Pair(nn.Module):
     """A frozen teacher, a student, and what is transferred between which of their layers."""
@@ -212,10 +220,7 @@ class _Pair(nn.Module):
         self.student, self.mode, self.layers, self.heads, self.weight, self.backend = student, mode, layers, None if heads is None else list(heads), weight, backend
         self.__dict__["teacher"] = teacher.eval().requires_grad_(False)  # no submodule: it is neither trained nor saved
         self._known = None  # layers, their positions among the calls of teacher and student, and their pairs
-        if lacking := _parts(teacher) - _parts(student):
-            warnings.warn(f"the teacher has {', '.join(sorted(lacking))}, which the student lacks: such pairs are reported to do worse than no teacher at all (arXiv 2605.07191). student_from_teacher makes a student with all parts.", stacklevel=2)
-        if mode.startswith("copy") and (any(isinstance(module, nn.Dropout) and module.p and "attn_drop" in name for name, module in student.named_modules()) or getattr(getattr(student, "config", None), "attention_probs_dropout_prob", 0)):
-            warnings.warn("the student drops entries of its maps at random (attn_drop, attention_probs_dropout_prob), copied ones too. Set it to 0.", stacklevel=2)
+        _warn_of_misfits(teacher, student, mode)
 
     def _apply(self, fn, recurse=True):
         self.teacher._apply(fn)
