@@ -329,7 +329,69 @@ class WeLore:
         ]
 
 
-CHAPTERS = {"attention_transfer": AttentionTransfer(), "magicpig": MagicPIG(), "q_galore": QGaLore(), "welore": WeLore(), "cogo": CoGO()}
+class TTG:
+    """A small random Llama with an adapter for drafts, on the grammar's sentences."""
+
+    def base(self):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1))
+
+    def build(self, attn_implementation=None):
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(self.base(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        from paperbook.core.assets import find
+
+        return AutoTokenizer.from_pretrained(find("SmolLM2-135M-Instruct"))
+
+    def tokens(self):
+        return torch.randint(49152, (1, 16), generator=torch.Generator().manual_seed(1))
+
+    def loss(self, model, seed=0):
+        from paperbook.ttg.translate import _AnswerLoss, _pad, _pairs
+
+        return _AnswerLoss(model)(**_pad(next(_pairs(self.tokenizer(), 2, seed)), 2))
+
+    @torch.no_grad()
+    def run(self, model, seed=0):
+        return self.loss(model, seed)
+
+    def gradients(self, model):
+        self.loss(model).backward()
+        return [weight.grad for weight in model.parameters() if weight.requires_grad]
+
+    def save_and_load(self, model, folder):
+        from peft import PeftModel
+
+        model.save_pretrained(folder)
+        return PeftModel.from_pretrained(self.base(), folder)
+
+    def apply_and_undo(self, model):
+        """Reading a sentence must not change the model that reads it."""
+        from paperbook.ttg import TranslationError, Translator
+
+        with pytest.raises(TranslationError):  # a random model does not come to an end
+            Translator(model, self.tokenizer()).write(["Two of us to Boston."], constrained=False, max_new_tokens=2)
+
+    def wrong_input(self):
+        from paperbook.ttg import Plan, Request, RequestGrammar, Translator, train_adapter
+
+        return [
+            (lambda: Request(travellers=9), ValueError, ["travellers", "8"]),
+            (lambda: RequestGrammar().sample("test"), ValueError, ["test", "unseen"]),
+            (lambda: Plan.from_json("{}"), ValueError, ["no plan"]),
+            (lambda: train_adapter("folder", samples=0), ValueError, ["samples=0"]),
+            (lambda: Translator(self.base(), self.tokenizer()).write([""]), ValueError, ["text=''"]),
+        ]
+
+
+CHAPTERS = {"attention_transfer": AttentionTransfer(), "magicpig": MagicPIG(), "q_galore": QGaLore(), "welore": WeLore(), "cogo": CoGO(), "ttg": TTG()}
 OWN = {"core", "reference"}  # the house itself makes no such promise
 
 chapters = pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=CHAPTERS)
