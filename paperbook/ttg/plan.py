@@ -47,7 +47,7 @@ class Plan:
             values["visits"] = tuple((int(stop), int(row), int(day)) for stop, row, day in values["visits"])
             return cls(**values)
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"this is no plan: {error}. A plan is what `paperbook ttg plan --out FILE` writes.") from error
+            raise ValueError(f"this is no plan: {error}. A plan is what `paperbook ttg solve --out FILE` writes.") from error
 
 # %% ../../nbs/10_ttg/04_plan.ipynb #e0d6a619
 CONNECT_MINUTES, DAY_MINUTES = 180, 480
