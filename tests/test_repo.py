@@ -324,8 +324,9 @@ def test_no_paths_of_one_machine():
 
 
 def test_no_file_is_too_large():
-    large = [path.relative_to(ROOT).as_posix() for path in tracked() if path.stat().st_size > 500_000]
-    assert not large, f"over 500 kB: {large}"
+    most = {"adapter_model.safetensors": 10_000_000}  # the weights that To the Globe reads with
+    large = [path.relative_to(ROOT).as_posix() for path in tracked() if path.stat().st_size > most.get(path.name, 500_000)]
+    assert not large, f"over 500 kB, or 10 MB for an adapter: {large}"
 
 
 def test_code_style():
