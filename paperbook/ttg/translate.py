@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'OTHER_MONEY', 'prompt_ids', 'answer_ids', 'train_adapter', 'TranslationError', 'read_draft', 'numbers_in',
-           'made_up', 'clauses', 'Translation', 'Translator']
+           'made_up', 'clauses', 'left_over', 'Translation', 'Translator']
 
-# %% ../../nbs/10_ttg/07_translate.ipynb #38326f3b
+# %% ../../nbs/10_ttg/07_translate.ipynb #2bf74111
 import datetime as dt
 import difflib
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import LogitsProcessor
 
 from ..core.assets import find
 from .grammar import NUMBERS, RequestGrammar
@@ -146,6 +147,29 @@ def _mask_of(tokenizer, vocab_size):
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
     return xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(Draft.model_json_schema()), any_whitespace=False, separators=(", ", ": "), any_order=True)
 
+# %% ../../nbs/10_ttg/07_translate.ipynb #6775270e
+class _Once(LogitsProcessor):
+    """Forbids names of fields that an answer has used. Runs after the mask of the schema, so that few tokens are left to look at."""
+
+    def __init__(self, tokenizer, prompt_length):
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+
+    def __call__(self, input_ids, scores):
+        for answer, score in zip(input_ids[:, self.prompt_length :], scores):
+            text = self.tokenizer.decode(answer, skip_special_tokens=True)
+            begun = re.search(r'[{,] ?"(\w*)$', text)
+            try:  # in a name, and not in a list or a value, if it can be ended as one
+                used = set(json.loads(text + '": 0}')) - {begun[1]} if begun else None
+            except ValueError:
+                continue
+            if used:
+                unused = [f'{name}": ' for name in Draft.model_fields if name not in used]
+                tokens = score.isfinite().nonzero()[:, 0].tolist()
+                repeats = [token for token in tokens if not any(name.startswith(begun[1] + self.tokenizer.decode(token)) for name in unused)]
+                if len(repeats) < len(tokens):  # else the answer is past help, and refused when it is read
+                    score[repeats] = -torch.inf
+        return scores
+
 # %% ../../nbs/10_ttg/07_translate.ipynb #c48ad0f9
 ADAPTER = resources.files("paperbook.ttg") / "adapter"
 
@@ -191,17 +215,16 @@ class _Loaded:
             whole[longest - len(row) :], attended[longest - len(row) :] = torch.tensor(row), 1
         return dict(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device))
 
-# %% ../../nbs/10_ttg/07_translate.ipynb #0939792c
+# %% ../../nbs/10_ttg/07_translate.ipynb #d2d019f1
 class _Reader(_Loaded):
     @torch.no_grad()
     def write(self, texts, constrained=True, max_new_tokens=256):
         """What the model answers to each of `texts`, as text. Raises TranslationError for an answer that does not end."""
-        processors = []
+        end, inputs, processors = self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self._encode(texts), []
         if constrained:
-            from xgrammar.contrib.hf import LogitsProcessor
+            from xgrammar.contrib.hf import LogitsProcessor as Mask
 
-            processors = [LogitsProcessor(_mask_of(self.tokenizer, self.model.config.vocab_size))]
-        end, inputs = self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self._encode(texts)
+            processors = [Mask(_mask_of(self.tokenizer, self.model.config.vocab_size)), _Once(self.tokenizer, inputs["input_ids"].shape[1])]
         out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors, eos_token_id=end, pad_token_id=end)
         answers = out[:, inputs["input_ids"].shape[1] :]
         if not (answers == end).any(1).all():
@@ -320,38 +343,45 @@ class _Listener(_Reader):
             heard.append(bool((self.model.lm_head(states[counts]).argmax(-1) != wanted[counts]).any()))
         return [clause for clause, used in zip(candidates, heard) if not used]
 
-# %% ../../nbs/10_ttg/07_translate.ipynb #0d309aeb
+# %% ../../nbs/10_ttg/07_translate.ipynb #cdf0a53e
+def left_over(text, draft):
+    """Numbers of `text` from two on, as they are written there, that are nowhere in `draft`."""
+    kept = {int(n) for n in re.findall(r"\d+", draft.to_json())} | {MONTHS.index(name) + 1 for name in re.findall(r"[a-z]+", f"{draft.leave} {draft.back}") if name in MONTHS}
+    kept |= {hour - 12 for hour in kept if draft.time and 12 < hour < 24} | {2 for said in [draft.nights] if said and len(said) > 1}
+    words = "|".join(NUMBERS[2:])
+    found = re.finditer(rf"(?<![\w.])\d[\d,]*(?:\.\d+)?\s?k?|(?<!city )(?<!stop )(?<!place )\b(?:{words})\b", text, re.I)
+    return [said.group().strip(" ,") for said in found if not numbers_in(said.group()) & kept and max(numbers_in(said.group()), default=0) > 1]
+
+# %% ../../nbs/10_ttg/07_translate.ipynb #9da3de64
 OTHER_MONEY = re.compile(r"[€£¥]|\b(?:euros?|eur|pounds?|gbp|yen|francs?|chf|cad)\b", re.I)
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What a sentence asks for. made_up: fields that the model wrote and the text does not hold, left out; unheard: clauses without effect."""
+    """What a sentence asks for. made_up: fields that the model wrote and the text does not hold, left out; unheard: clauses and numbers without effect."""
 
     text: str
     draft: Draft
-    request: Request
     made_up: list[str]
     unheard: list[str]
 
-    @property
-    def missing(self):
-        """Fields to ask for before a plan can be made."""
-        return self.request.missing()
+    def request(self, world, today=None):
+        """The `Request` that the draft means in a world. today: the day on which it is said; the day before the world begins when None. Raises Ambiguous, ValueError."""
+        return resolve(self.draft, world, today or world.start - dt.timedelta(days=1))
 
 
 class Translator(_Listener):
-    """Translates sentences to requests: `Translator.from_pretrained(adapter)(text, world)`.
+    """Translates sentences: `Translator.from_pretrained()("Two of us to Boston").request(world)`.
 
     >>> numbers_in("3 nights, at most $1,200") >= {3, 1200}
     True
     """
 
-    def __call__(self, text, world, today=None, report_unheard=True):
-        """The `Translation` of a sentence, in a world.
+    def __call__(self, text, report_unheard=True):
+        """The `Translation` of a sentence.
 
-        today: the day on which it is said; the day before the world begins when None. report_unheard: look for clauses without effect.
-        Raises TranslationError, Ambiguous and ValueError, each with what to say instead.
+        report_unheard: look for clauses without effect.
+        Raises TranslationError and ValueError, each with what to say instead.
         """
         if isinstance(text, str) and (money := OTHER_MONEY.search(text)):
             raise ValueError(f"text has an amount in {money.group()!r}, and prices here are in US dollars. Convert it first: the rate of the day is not guessed.")
@@ -359,5 +389,5 @@ class Translator(_Listener):
         draft = read_draft(answer)
         wrong = made_up(draft, text)
         kept = draft.model_copy(update=dict.fromkeys(wrong))
-        request = resolve(kept, world, today or world.start - dt.timedelta(days=1))
-        return Translation(text, kept, request, wrong, self.unheard(text, answer) if report_unheard else [])
+        unheard = self.unheard(text, answer) if report_unheard else []
+        return Translation(text, kept, wrong, unheard + [number for number in left_over(text, kept) if not any(number in clause for clause in unheard)])
