@@ -75,19 +75,19 @@ def _pairs(tokenizer, batch_size, seed):
         rng.shuffle(batches)
         yield from reversed(batches)
 
-# %% ../../nbs/10_ttg/07_translate.ipynb #8cdfa012
-def train_adapter(folder, samples=8_000, batch_size=8, learning_rate=2e-3, rank=16, seed=0, base=None):
+# %% ../../nbs/10_ttg/07_translate.ipynb #83300024
+def train_adapter(folder, samples=8_000, batch_size=8, learning_rate=2e-3, rank=16, seed=0, base=None, start=None):
     """Trains an adapter for drafts and saves it in `folder`, in half precision. Returns the loss of each step.
 
     samples: sentences in all. batch_size: of all processes together. learning_rate: its highest, after 20 steps; it falls linearly.
-    base: folder of another causal model; SmolLM2-135M-Instruct when None.
+    base: folder of another causal model; SmolLM2-135M-Instruct when None. start: folder of an adapter to go on from, which keeps its rank.
     Raises ValueError for sizes below one.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("rank", rank)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
     from accelerate import Accelerator
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from tqdm.auto import trange
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,7 +95,10 @@ def train_adapter(folder, samples=8_000, batch_size=8, learning_rate=2e-3, rank=
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if start is None:
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    else:
+        model = PeftModel.from_pretrained(model, start, is_trainable=True)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0, betas=(0.9, 0.98))
     steps = max(1, samples // batch_size)
