@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'OTHER_MONEY', 'prompt_ids', 'answer_ids', 'train_adapter', 'TranslationError', 'read_draft', 'numbers_in',
-           'made_up', 'clauses', 'left_over', 'Translation', 'Translator']
+           'made_up', 'clauses', 'has_value', 'left_over', 'names_left_over', 'Translation', 'Translator']
 
 # %% ../../nbs/10_ttg/07_translate.ipynb #2bf74111
 import datetime as dt
@@ -12,8 +12,9 @@ import difflib
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -218,11 +219,70 @@ class _Loaded:
             whole[longest - len(row) :], attended[longest - len(row) :] = torch.tensor(row), 1
         return dict(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device))
 
+# %% ../../nbs/10_ttg/07_translate.ipynb #7b90f1aa
+class _Guesses:
+    """Tokens that are likely to come next in a draft."""
+
+    def __init__(self, tokenizer, drafts=500):
+        grammar, seen = RequestGrammar(0), {}
+        for _ in range(drafts):
+            ids = answer_ids(tokenizer, grammar.sample_json()[1])
+            for first, second, third in zip(ids, ids[1:], ids[2:]):
+                seen.setdefault((first, second), Counter())[third] += 1
+        best = {pair: after.most_common(1)[0] for pair, after in seen.items()}
+        self.likely = {pair: token for pair, (token, count) in best.items() if 2 * count > seen[pair].total()}
+
+    def __call__(self, prompt, answer, most=6):
+        """Up to `most` token ids to follow `answer`, a list."""
+        guess = []
+        while len(guess) < most and len(answer) > 1:
+            before = tuple((answer + guess)[-2:])
+            copied = (prompt[i + 1] for i in range(len(prompt) - 2, 0, -1) if prompt[i] == before[1])
+            if (token := self.likely.get(before, next(copied, None))) is None:
+                break
+            guess.append(token)
+        return guess
+
+# %% ../../nbs/10_ttg/07_translate.ipynb #2c64be19
+class _Guessing(_Loaded):
+    @cached_property
+    def _guesses(self):
+        return _Guesses(self.tokenizer)
+
+    @torch.no_grad()
+    def _write_alone(self, text, max_new_tokens):
+        """What `write` answers to one text."""
+        import xgrammar
+        from transformers import DynamicCache
+
+        end, prompt = self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self._encode([text])["input_ids"]
+        matcher, once = xgrammar.GrammarMatcher(_mask_of(self.tokenizer, self.model.config.vocab_size)), _Once(self.tokenizer, 0)
+        bits, cache, answer, tokens = xgrammar.allocate_token_bitmask(1, self.model.config.vocab_size), DynamicCache(config=self.model.config), [], prompt
+        while len(answer) < max_new_tokens:
+            guess = self._guesses(prompt[0].tolist(), answer)
+            tokens = torch.cat([tokens, torch.tensor([guess], dtype=torch.long, device=tokens.device)], 1)
+            rows = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=len(guess) + 1).logits[0].float().cpu()
+            for row, guessed in zip(rows, [*guess, None]):
+                matcher.fill_next_token_bitmask(bits)
+                xgrammar.apply_token_bitmask_inplace(row[None], bits)
+                answer.append(int(once(torch.tensor([answer], dtype=torch.long), row[None])[0].argmax()))
+                if answer[-1] == end:
+                    return self.tokenizer.decode(answer, skip_special_tokens=True)
+                matcher.accept_token(answer[-1])
+                if answer[-1] != guessed:
+                    break
+            if wrong := cache.get_seq_length() - prompt.shape[1] - len(answer) + 1:
+                cache.crop(-wrong)
+            tokens = torch.tensor([answer[-1:]], device=prompt.device)
+        raise TranslationError(f"an answer did not end within max_new_tokens={max_new_tokens}")
+
 # %% ../../nbs/10_ttg/07_translate.ipynb #d2d019f1
-class _Reader(_Loaded):
+class _Reader(_Guessing):
     @torch.no_grad()
     def write(self, texts, constrained=True, max_new_tokens=256):
         """What the model answers to each of `texts`, as text. Raises TranslationError for an answer that does not end."""
+        if constrained and len(texts) == 1:
+            return [self._write_alone(texts[0], max_new_tokens)]
         end, inputs, processors = self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self._encode(texts), []
         if constrained:
             from xgrammar.contrib.hf import LogitsProcessor as Mask
@@ -320,7 +380,7 @@ def clauses(text):
     return [part.strip() for part in parts if re.search(r"[A-Za-z]{3}", part)]
 
 
-def _has_value(clause, draft):
+def has_value(clause, draft):
     """Whether something in the clause is literally in the draft."""
     names = [said for value in (draft.to, draft.avoid, draft.see, [draft.origin]) for said in value or [] if said]
     dates = [said for said in (draft.leave, draft.back) if said]
@@ -332,7 +392,7 @@ class _Listener(_Reader):
     @torch.no_grad()
     def unheard(self, text, answer):
         """Clauses of `text` without which the model would have written the same `answer`, the JSON of a draft."""
-        candidates = [clause for clause in clauses(text) if not _has_value(clause, read_draft(answer))]
+        candidates = [clause for clause in clauses(text) if not has_value(clause, read_draft(answer))]
         if not candidates:
             return []
         answer = answer_ids(self.tokenizer, answer)
@@ -348,12 +408,27 @@ class _Listener(_Reader):
 
 # %% ../../nbs/10_ttg/07_translate.ipynb #cdf0a53e
 def left_over(text, draft):
-    """Numbers of `text` from two on, as they are written there, that are nowhere in `draft`."""
-    kept = {int(n) for n in re.findall(r"\d+", draft.to_json())} | {MONTHS.index(name) + 1 for name in re.findall(r"[a-z]+", f"{draft.leave} {draft.back}") if name in MONTHS}
-    kept |= {hour - 12 for hour in kept if draft.time and 12 < hour < 24} | {2 for said in [draft.nights] if said and len(said) > 1}
-    words = "|".join(NUMBERS[2:])
-    found = re.finditer(rf"(?<![\w.])\d[\d,]*(?:\.\d+)?\s?k?|(?<!city )(?<!stop )(?<!place )\b(?:{words})\b", text, re.I)
-    return [said.group().strip(" ,") for said in found if not numbers_in(said.group()) & kept and max(numbers_in(said.group()), default=0) > 1]
+    """Numbers of `text` from two on, as they are written there, that `draft` does not hold, or not as often."""
+    kept = Counter(int(n) for n in re.findall(r"\d+", draft.to_json()))
+    months = [MONTHS.index(name) + 1 for name in re.findall(r"[a-z]+", f"{draft.leave} {draft.back}") if name in MONTHS]
+    kept.update(month for month in months if re.search(rf"\b{month}/", text))
+    kept.update(hour - 12 for hour in list(kept) if draft.time and 12 < hour < 24)
+    kept.update(range(2, len(draft.to or []) + 1))  # stop two, or two stops
+    kept.update([] if draft.connections is None else [draft.connections + 1])  # not two, one at most
+    words, lost = "|".join(NUMBERS[2:]), []
+    for said in re.finditer(rf"(?<![\w.])\d[\d,]*(?:\.\d+)?\s?k?|\b(?:{words})\b", text, re.I):
+        readings = sorted(numbers_in(said.group()), reverse=True)
+        used = next((n for n in readings if kept[n]), None)
+        kept[used] -= used is not None
+        lost += [said.group().strip(" ,")] if used is None and max(readings, default=0) > 1 else []
+    return lost
+
+# %% ../../nbs/10_ttg/07_translate.ipynb #91be40c2
+def names_left_over(text, draft, world):
+    """Names of cities, airlines and sights of a world that `text` has and `draft` has not."""
+    said = {name.lower() for part in (draft.to, draft.avoid, draft.see, [draft.origin]) for name in part or [] if name}
+    known = {*world.city_names.values(), *world.carriers.values(), *world.attractions.attraction}
+    return sorted(name for name in known if name.lower() not in said and re.search(rf"\b{re.escape(name)}\b", text, re.I))
 
 # %% ../../nbs/10_ttg/07_translate.ipynb #9da3de64
 OTHER_MONEY = re.compile(r"[€£¥]|\b(?:euros?|eur|pounds?|gbp|yen|francs?|chf|cad)\b", re.I)
@@ -371,6 +446,11 @@ class Translation:
     def request(self, world, today=None):
         """The `Request` that the draft means in a world. today: the day on which it is said; the day before the world begins when None. Raises Ambiguous, ValueError."""
         return resolve(self.draft, world, today or world.start - dt.timedelta(days=1))
+
+    def lost(self, world):
+        """Whatever the sentence says in vain: clauses and numbers without effect, and names of this world that are in no field."""
+        names = names_left_over(self.text, self.draft, world)
+        return self.unheard + [name for name in names if not any(name.lower() in clause.lower() for clause in self.unheard)]
 
 
 class Translator(_Listener):
