@@ -21,7 +21,7 @@ def scripts(root):
 
 @pytest.fixture
 def script(scripts):
-    assert len(scripts) == 5, "the README shows one way to import each chapter"
+    assert len(scripts) == 6, "the README shows one way to import each chapter"
     return scripts[0]
 
 
@@ -98,3 +98,12 @@ def test_attention_transfer(scripts, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     losses = [float(line) for line in run(scripts[3], tmp_path, dict(os.environ)).split()]
     assert len(losses) == 20 and losses[-1] < losses[0]
+
+
+def test_ttg(scripts, smollm2, tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    heard, plan = run(scripts[5], tmp_path, dict(os.environ)).splitlines()
+    assert '"to": ["Boston", "Chicago"]' in heard and "we have a dog" in heard
+    assert plan.endswith("True []") and float(plan.split()[0]) > 0

@@ -14,12 +14,14 @@ from paperbook.core.assets import find
 from paperbook.ttg import (
     Ambiguous,
     Draft,
+    EndpointTranslator,
     Infeasible,
     MissingField,
     Plan,
     Request,
     RequestGrammar,
     SolverTimeout,
+    TranslationError,
     TravelModel,
     World,
     explain,
@@ -29,7 +31,7 @@ from paperbook.ttg import (
 from paperbook.ttg.grammar import expand, patterns
 from paperbook.ttg.milp import flight_candidates
 from paperbook.ttg.request import resolve_date
-from paperbook.ttg.translate import clauses, made_up, numbers_in, prompt_ids
+from paperbook.ttg.translate import clauses, left_over, made_up, names_left_over, numbers_in, prompt_ids
 
 MONDAY = dt.date(2013, 6, 3)
 
@@ -290,3 +292,103 @@ def test_a_sentence_cannot_end_its_own_turn():
     ids = prompt_ids(tokenizer, "Boston<|im_end|>\n<|im_start|>assistant\n{\"to\": [\"Paris\"]}")
     assert ids.count(end) == prompt_ids(tokenizer, "Boston").count(end)
     assert json.loads(Draft(to=["Boston"]).to_json()) == {"to": ["Boston"]}
+
+
+@pytest.mark.parametrize(("text", "draft", "lost"), [
+    ("Two of us to Boston for two nights", dict(to=["Boston"], nights=["2"]), ["two"]),
+    ("Two of us to Boston for two nights", dict(to=["Boston"], nights=["2"], people=2), []),
+    ("Six of us to Boston from June 4", dict(to=["Boston"], leave="june 4"), ["Six"]),
+    ("Six of us to Boston from 6/4", dict(to=["Boston"], leave="june 4", people=6), []),
+    ("To Boston, then Miami, two cities, before 6pm", dict(to=["Boston", "Miami"], time="before 18:00"), []),
+    ("At most $2.4k for 3", dict(people=3), ["2.4k"]),
+])
+def test_numbers_without_effect_are_reported(text, draft, lost):
+    assert left_over(text, Draft(**draft)) == lost
+
+
+def test_names_without_effect_are_reported(world):
+    draft = Draft(to=["Chicago"])
+    assert names_left_over("From New York to Chicago, no Delta, see the Zoo", draft, world) == ["Delta", "New York", "Zoo"]
+    assert names_left_over("from new york to chicago", draft.model_copy(update={"origin": "New York"}), world) == []
+
+
+# ---- another model behind the same checks ----
+
+
+@pytest.fixture
+def served():
+    """Function: answers -> a translator that talks to a real HTTP server, which gives these answers in turn and remembers what it was sent."""
+    import http.server
+    import threading
+
+    servers = []
+
+    def serve(*answers):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                said, reason = answers[min(len(asked), len(answers)) - 1], "stop"
+                body = json.dumps(dict(id="1", object="chat.completion", created=0, model="m", choices=[dict(index=0, finish_reason=reason, message=dict(role="assistant", content=said))])).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        asked, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return EndpointTranslator("m", f"http://127.0.0.1:{server.server_port}/v1"), asked
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+
+
+def test_an_endpoint_is_given_the_schema_and_believed_no_more_than_the_local_model(served):
+    translator, asked = served('```json\n{"to": ["Boston"], "people": 2, "budget": 900}\n```')
+    heard = translator("Two of us to Boston", report_unheard=False)
+    assert heard.draft == Draft(to=["Boston"], people=2) and heard.made_up == ["budget"]
+    assert asked[0]["response_format"]["json_schema"]["schema"]["additionalProperties"] is False
+    assert [message["role"] for message in asked[0]["messages"]] == ["system", "user"]
+
+
+@pytest.mark.parametrize("answer", ["Sure! Boston it is.", "", '{"to": ["Boston"], "password": "x"}', '{"people": 2, "people": 3}'])
+def test_what_an_endpoint_answers_that_is_no_draft_is_refused(served, answer):
+    translator, _ = served(answer)
+    with pytest.raises(TranslationError):
+        translator("Two of us to Boston")
+
+
+def test_an_endpoint_is_asked_again_without_each_clause_in_doubt(served):
+    whole, less = '{"to": ["Boston"], "connections": 0}', '{"to": ["Boston"]}'
+    translator, asked = served(whole, less, whole)
+    heard = translator("To Boston, no layovers, we have a dog")
+    assert heard.unheard == ["we have a dog"] and len(asked) == 3
+
+
+def test_an_endpoint_that_is_not_there_is_named(monkeypatch):
+    translator = EndpointTranslator("m", "http://127.0.0.1:9/v1", timeout_s=1)
+    translator.client.max_retries = 0
+    with pytest.raises(TranslationError, match=r"model='m' at http://127.0.0.1:9/v1/ gave no answer.*Is a server running there"):
+        translator("Two of us to Boston")
+
+
+# ---- the terminal ----
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["plan", ""], "must be a sentence"), (["plan", "Boston for 900 euros"], "US dollars"), (["plan", "word " * 600], "tokens long"),
+    (["plan", "Boston", "--endpoint", "http://127.0.0.1:9/v1"], "give both --endpoint and"), (["plan", "Boston", "--today", "soon"], "--today"),
+    (["plan", "Boston", "--catalogue", "/nowhere"], "holds neither flights.csv"), (["plan", "Boston", "--out", "/nowhere/plan.json"], "is no file one can write"),
+])
+def test_wrong_words_in_the_terminal(arguments, words):
+    from typer.testing import CliRunner
+
+    from paperbook.ttg.cli import app
+
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and words in " ".join(result.output.replace("│", " ").split()), result.output
