@@ -6,6 +6,7 @@ import random
 
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -137,6 +138,17 @@ def test_catalogues_of_no_use_say_why(tmp_path, file, text, words):
         World.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(("text", "words"), [
+    ("city,name,zone\nNYC,New York,America/New_York\n", "cities lacks the column 'latitude'"), ("city,name,zone,latitude,longitude\nNYC,New York,Eastern,40,-73\n", "zone 'Eastern'"),
+    ("city,name,zone,latitude,longitude\nNYC,A,America/New_York,40,-73\nNYC,B,America/New_York,40,-73\n", "'NYC' twice"),
+])
+def test_cities_of_no_use_say_why(tmp_path, text, words):
+    flights_csv(tmp_path, ["T1,XX,NYC,BOS,2024-03-01T08:00,2024-03-01T09:10,60"])
+    (tmp_path / "cities.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        World.from_folder(tmp_path)
+
+
 def test_parquet_holds_the_same_world(world, tmp_path):
     world.save(tmp_path)
     for path in list(tmp_path.glob("*.csv")):
@@ -175,6 +187,29 @@ def test_a_plan_of_another_world_means_nothing(world, trip):
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(ValueError, match="this is no plan"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize("last", ["nothing", "feasible"])
+def test_a_priority_that_time_did_not_prove_is_flagged(world, trip, monkeypatch, last):
+    """The cheapest plan is proven, and the search for more comfort is cut short: no plan of that may be called the best."""
+    model, run, calls = TravelModel(world, Request(**trip, priority="comfort")), TravelModel._run, []
+
+    def cut_short(self, *args):
+        calls.append(run(self, *args))
+        return calls[-1] if len(calls) == 1 else (last, None)
+
+    monkeypatch.setattr(TravelModel, "_run", cut_short)
+    plan = model.solve()
+    assert not plan.optimal and plan.gap_cents is None and len(calls) == 2
+
+
+def test_a_priority_is_bought_at_its_least_price(world, trip):
+    """Of all plans with as much comfort none is cheaper: the same worth for a cent less is impossible."""
+    model = TravelModel(world, Request(**trip, priority="comfort"))
+    plan = model.solve()
+    model.problem.get_constraint_by_name("worth").changeRHS(plan.value)
+    model.problem.get_constraint_by_name("spend").changeRHS(plan.cost_cents - 1)
+    assert model._run("HiGHS", 30)[0] == "infeasible"
 
 
 def test_what_is_missing_is_asked_for(world, trip):
@@ -370,7 +405,27 @@ def test_an_endpoint_is_asked_again_without_each_clause_in_doubt(served):
     assert heard.unheard == ["we have a dog"] and len(asked) == 3
 
 
-def test_an_endpoint_that_is_not_there_is_named(monkeypatch):
+def test_an_endpoint_that_is_gone_is_no_wrong_answer():
+    translator = EndpointTranslator("m", "http://127.0.0.1:9/v1", timeout_s=1)
+    translator.client.max_retries = 0
+    with pytest.raises(TranslationError, match="Is a server running there"):
+        translator.drafts(["Two of us to Boston", "Three of us to Miami"])
+    with pytest.raises(TypeError, match="loads no model"):
+        EndpointTranslator.from_pretrained()
+
+
+@pytest.mark.parametrize("texts", ["Boston", []])
+def test_sentences_come_in_lists(texts):
+    from transformers import AutoTokenizer
+
+    from paperbook.ttg import Translator
+
+    translator = Translator(torch.nn.Identity(), AutoTokenizer.from_pretrained(find("SmolLM2-135M-Instruct")))
+    with pytest.raises(ValueError, match="must be a list of sentences"):
+        translator.write(texts)
+
+
+def test_an_endpoint_that_is_not_there_is_named():
     translator = EndpointTranslator("m", "http://127.0.0.1:9/v1", timeout_s=1)
     translator.client.max_retries = 0
     with pytest.raises(TranslationError, match=r"model='m' at http://127.0.0.1:9/v1/ gave no answer.*Is a server running there"):
@@ -383,7 +438,7 @@ def test_an_endpoint_that_is_not_there_is_named(monkeypatch):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["plan", ""], "must be a sentence"), (["plan", "Boston for 900 euros"], "US dollars"), (["plan", "word " * 600], "tokens long"),
     (["plan", "Boston", "--endpoint", "http://127.0.0.1:9/v1"], "give both --endpoint and"), (["plan", "Boston", "--today", "soon"], "--today"),
-    (["plan", "Boston", "--catalogue", "/nowhere"], "holds neither flights.csv"), (["plan", "Boston", "--out", "/nowhere/plan.json"], "is no file one can write"),
+    (["plan", "Nine of us from New York to Boston, leaving June 5, 3 nights"], "less than or equal to 8"), (["plan", "Boston", "--catalogue", "/nowhere"], "holds neither flights.csv"), (["plan", "Boston", "--out", "/nowhere/plan.json"], "is no file one can write"),
 ])
 def test_wrong_words_in_the_terminal(arguments, words):
     from typer.testing import CliRunner

@@ -21,6 +21,15 @@ from rich.markup import escape
 from rich.table import Table
 
 # %% ../../nbs/10_ttg/08_cli.ipynb #1585b0ff
+def _in_words(error):
+    """What a ValueError says; pydantic's without its addresses."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, part['loc'])) or 'request'}: {part['msg']}" for part in error.errors())
+
+
 def _request(path):
     """The `Request` in a JSON file; typer.BadParameter for a file that holds none."""
     from pydantic import ValidationError
@@ -30,8 +39,7 @@ def _request(path):
     try:
         return Request.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'request'}: {e['msg']}" for e in error.errors())
-        raise typer.BadParameter(f"{path.name} is no request. {said}. Fields: {', '.join(Request.model_fields)}.", param_hint="REQUEST") from None
+        raise typer.BadParameter(f"{path.name} is no request. {_in_words(error)}. Fields: {', '.join(Request.model_fields)}.", param_hint="REQUEST") from None
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{str(path)!r} cannot be read: {error}", param_hint="REQUEST") from None
 
@@ -130,7 +138,7 @@ def solve(
     catalogue: Catalogue = None,
     seed: Seed = 0,
     solver: Annotated[str, typer.Option(help="HiGHS or CBC.")] = "HiGHS",
-    time_limit: Annotated[float, typer.Option(min=0.01, help="Seconds for each of at most two programs.")] = 30,
+    time_limit: Annotated[float, typer.Option(min=0.01, help="Seconds for each of at most three programs.")] = 30,
     out: Annotated[Path | None, typer.Option(help="Write the plan as JSON to this file.")] = None,
 ):
     """Plan a request, and prove that no plan is better."""
@@ -210,7 +218,7 @@ def plan(
     endpoint: Endpoint = None,
     model: Model = None,
     solver: Annotated[str, typer.Option(help="HiGHS or CBC.")] = "HiGHS",
-    time_limit: Annotated[float, typer.Option(min=0.01, help="Seconds for each of at most two programs.")] = 30,
+    time_limit: Annotated[float, typer.Option(min=0.01, help="Seconds for each of at most three programs.")] = 30,
     out: Annotated[Path | None, typer.Option(help="Write the plan as JSON to this file.")] = None,
 ):
     """Plan a trip from a sentence, and prove that no plan is better."""
@@ -230,7 +238,7 @@ def plan(
         console.print(str(error), highlight=False, markup=False)
         raise typer.Exit(1) from None
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="SENTENCE") from None
+        raise typer.BadParameter(_in_words(error), param_hint="SENTENCE") from None
 
 
 def _day(today, world):
@@ -265,12 +273,29 @@ def _settled(draft, world, day):
         if not (missing := request.missing()):
             return draft, request
         field, question = ASK[missing[0]]
-        draft = _filled(draft, field, typer.prompt(question))
+        try:
+            answered = _filled(draft, field, typer.prompt(question))
+            resolve(answered, world, day)
+        except Ambiguous:
+            draft = answered
+        except ValueError as error:
+            print(_in_words(error))
+        else:
+            draft = answered
+
+
+def _given_in(draft, request):
+    """The draft with what a remedy changed, so that a later sentence does not bring the impossible wish back."""
+    names = lambda values: list(values) or None  # noqa: E731
+    return draft.model_copy(update=dict(
+        budget=request.budget_usd, stars=request.min_stars, sights=request.min_attractions, connections=request.max_connections, cabin=request.cabin, see=names(request.must_visit),
+        avoid=names(request.avoid_airlines), time=draft.time if request.depart_after or request.depart_before else None, nights=request.nights and [f"{least}-{most}" for least, most in request.nights],
+        leave=str(request.depart_date), back=request.return_date and str(request.return_date)))
 
 # %% ../../nbs/10_ttg/08_cli.ipynb #fd27dfe5
 @app.command()
 def chat(catalogue: Catalogue = None, seed: Seed = 0, today: Today = None, endpoint: Endpoint = None, model: Model = None, solver: Annotated[str, typer.Option(help="HiGHS or CBC.")] = "HiGHS",
-         time_limit: Annotated[float, typer.Option(min=0.01, help="Seconds for each of at most two programs.")] = 30):
+         time_limit: Annotated[float, typer.Option(min=0.01, help="Seconds for each of at most three programs.")] = 30):
     """Plan a trip in a conversation: it asks for what is missing, and a further sentence changes the trip."""
     from paperbook.ttg.infeasible import Infeasible
     from paperbook.ttg.request import Draft
@@ -281,7 +306,8 @@ def chat(catalogue: Catalogue = None, seed: Seed = 0, today: Today = None, endpo
     said = typer.prompt("Where do you want to go, and when")
     while said:
         try:
-            draft, request = _settled(draft.model_copy(update=_hear(said, translator, world, console).model_dump(exclude_none=True)), world, _day(today, world))
+            draft = draft.model_copy(update=_hear(said, translator, world, console).model_dump(exclude_none=True))
+            draft, request = _settled(draft, world, _day(today, world))
             while request:
                 try:
                     _solve(request, world, solver, time_limit, None, console)
@@ -290,8 +316,9 @@ def chat(catalogue: Catalogue = None, seed: Seed = 0, today: Today = None, endpo
                     print(error)
                     number = typer.prompt(f"Take a remedy, 1 to {len(error.remedies)}, or 0 for none", type=click.IntRange(0, len(error.remedies)), default=0) if error.remedies else 0
                     request = error.remedies[number - 1].request if number else None
+                    draft = _given_in(draft, request) if request else draft
         except (ValueError, typer.BadParameter) as error:
-            print(error)
+            print(_in_words(error))
         said = typer.prompt("What would you change? Nothing ends", default="", show_default=False)
 
 # %% ../../nbs/10_ttg/08_cli.ipynb #a1de3002

@@ -117,8 +117,8 @@ def _reserved(first, second):
 
 
 def _with_typo(rng, text):
-    """One letter of a longer word left out or changed places with the next."""
-    words = [match for match in re.finditer(r"[a-z]{5,}", text)]
+    """One letter of a longer word left out or changed places with the next; no number becomes another word, as *three* becomes *there*."""
+    words = [match for match in re.finditer(r"[a-z]{5,}", text) if match.group() not in NUMBERS]
     if not words:
         return text
     at = (word := rng.choice(words)).start() + rng.randrange(1, len(word.group()) - 2)

@@ -44,14 +44,14 @@ class Remedy:
 class Infeasible(ValueError):
     """No plan meets the request. conflict: wishes that cannot be had together, each of them needed for that; remedies: `Remedy` for some of them.
 
-    minimal: False when time ran out before every wish of the conflict was tried. solves: programs that were solved to find the conflict.
+    minimal, complete: False when time ran out before every wish of the conflict was tried, or given a remedy. solves: programs that were solved to find the conflict.
     """
 
-    def __init__(self, conflict, remedies, minimal=True, solves=0):
-        self.conflict, self.remedies, self.minimal, self.solves = conflict, remedies, minimal, solves
+    def __init__(self, conflict, remedies, minimal=True, solves=0, complete=True):
+        self.conflict, self.remedies, self.minimal, self.solves, self.complete = conflict, remedies, minimal, solves, complete
         together = " and ".join(conflict) if conflict else "the route alone, in this catalogue,"
         lines = [f"{remedy.says}: ${remedy.cost_cents / 100:,.2f}" for remedy in remedies]
-        super().__init__(f"no plan is possible: {together} cannot be had" + (" together" if len(conflict) > 1 else "") + "".join(f"\n  {line}" for line in lines))
+        super().__init__(f"no plan is possible: {together} cannot be had" + (" together" if len(conflict) > 1 else "") + "".join(f"\n  {line}" for line in lines) + ("" if complete else "\n  (time ran out before every way out was tried)"))
 
 
 class _Prices:
@@ -68,9 +68,9 @@ class _Prices:
             left = self.deadline - time.perf_counter()
             if left <= 0:
                 raise SolverTimeout("no time is left")
-            status = model._run(self.solver, left)[0] if all(model.x) and all(model.y) else "infeasible"
+            status = model._run(self.solver, left)[0]
             self.solves += bool(all(model.x) and all(model.y))
-            if status == "nothing":
+            if status not in ("optimal", "infeasible"):
                 raise SolverTimeout("no time is left")
             self.known[plain] = None if status == "infeasible" else round(model.cost.value())
         cost = self.known[plain]
@@ -127,7 +127,7 @@ def explain(world, request, solver="HiGHS", time_limit_s=10):
     if price(request) is not None:
         raise ValueError("this request can be met: there is nothing to explain. TravelModel(world, request).solve() plans it.")
     conflict, minimal = _conflict(price, request)
-    solves, remedies = price.solves, []
+    solves, remedies, complete = price.solves, [], True
     try:
         for wish in conflict:
             for other, says in _loosened(request, wish, price, world):
@@ -135,5 +135,5 @@ def explain(world, request, solver="HiGHS", time_limit_s=10):
                     remedies.append(Remedy(wish, says, other, cost))
                     break
     except SolverTimeout:
-        minimal = minimal and len(conflict) > 0
-    return Infeasible(conflict, remedies, minimal, solves)
+        complete = False
+    return Infeasible(conflict, remedies, minimal, solves, complete)

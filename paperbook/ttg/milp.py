@@ -257,6 +257,7 @@ class _Model:
             _add(self, list(self.cost.items()), LE, 100 * request.budget_usd, "budget")
         if request.priority in ("comfort", "sights"):
             _add(self, list(self.cost.items()), LE, FREE, "spend")
+            _add(self, list(self.value.items()), GE, -FREE, "worth")
         self.problem.setObjective(self.cost)
         self.build_s = time.perf_counter() - started
 
@@ -302,13 +303,32 @@ class _Solving(_Model):
         return dict(flights=pick(self.x), hotels=pick(self.y), visits=visits, cost_cents=round(self.cost.value()), value=round(self.value.value() or 0))
 
 # %% ../../nbs/10_ttg/05_milp.ipynb #b8f4a8e7
-class TravelModel(_Solving):
+class _ByPriority(_Solving):
+    def _best_of_priority(self, found, most_cents, solver, time_limit_s):
+        """What is most worth for at most `most_cents`, the cheapest of that worth, and whether both are proven; `found` where time ran out."""
+        row = self.problem.get_constraint_by_name
+        row("spend").changeRHS(most_cents)
+        try:
+            for goal in (-self.value, self.cost):
+                self.problem.setObjective(goal)
+                if (status := self._run(solver, time_limit_s)[0]) in ("optimal", "feasible"):
+                    found = self._chosen()
+                if status != "optimal":
+                    return found, False
+                row("worth").changeRHS(found["value"])
+            return found, True
+        finally:
+            row("spend").changeRHS(FREE)
+            row("worth").changeRHS(-FREE)
+
+
+class TravelModel(_ByPriority):
     __doc__ = _Model.__doc__
 
     def solve(self, solver="HiGHS", time_limit_s=30, spend_more=0.2):
         """The best `Plan`: the cheapest, or the one with most of `priority` for at most `spend_more` above the cheapest.
 
-        solver: HiGHS or CBC. time_limit_s: seconds for each of at most two programs; when it runs out, the plan says optimal=False.
+        solver: HiGHS or CBC. time_limit_s: seconds for each of at most three programs; when it runs out, the plan says optimal=False.
         Raises Infeasible with a conflict and remedies, SolverTimeout when the time was too short for any plan,
         MissingField, ValueError for an unknown solver.
         """
@@ -331,11 +351,7 @@ class TravelModel(_Solving):
         found = self._chosen()
         gap = None if bound is None else max(0, round(found["cost_cents"] - bound))
         if self.request.priority in ("comfort", "sights"):
-            self.problem.get_constraint_by_name("spend").changeRHS(int((1 + spend_more) * found["cost_cents"]))
-            self.problem.setObjective(-self.value)
-            better, _ = self._run(solver, time_limit_s)
-            self.problem.get_constraint_by_name("spend").changeRHS(FREE)
-            if better in ("optimal", "feasible"):
-                found, status = self._chosen(), "optimal" if status == better == "optimal" else "feasible"
+            found, proven = self._best_of_priority(found, int((1 + spend_more) * found["cost_cents"]), solver, time_limit_s)
+            status, gap = ("optimal" if status == "optimal" and proven else "feasible"), None
         return Plan(**found, optimal=status == "optimal", gap_cents=0 if status == "optimal" else gap, world=self.world.digest, solver=solver,
                     seconds=dict(build=self.build_s, solve=time.perf_counter() - started))

@@ -8,7 +8,6 @@ __all__ = ['City', 'Clock', 'MONTHS', 'WEEKDAYS', 'PARTS_OF_DAY', 'Request', 'Dr
 
 # %% ../../nbs/10_ttg/02_request.ipynb #2ddebb22
 import datetime as dt
-import difflib
 import json
 import re
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # %% ../../nbs/10_ttg/02_request.ipynb #e7f50fd3
-City = Annotated[str, Field(pattern=r"^[A-Z]{3}$", description="IATA code of a city or its airport")]
+City = Annotated[str, Field(pattern=r"^[A-Z]{3}$", description="IATA code of a city of the catalogue")]
 Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$", description="local time, HH:MM")]
 
 
@@ -161,21 +160,28 @@ def resolve_date(said, today, field="date"):
 PARTS_OF_DAY = {"morning": ("05:00", "11:59"), "afternoon": ("12:00", "17:59"), "evening": ("18:00", "23:59")}
 
 
-def look_up(said, names, field):
-    """The key of `names`, {key: name}, that `said` means: the key itself, the name, or a close spelling of one name.
+def _slip(said, name):
+    """Whether two spellings differ by one letter, wrong, lacking, added or changed with the next."""
+    start = next((i for i, (a, b) in enumerate(zip(said, name)) if a != b), min(len(said), len(name)))
+    rest, wanted = said[start:], name[start:]
+    while rest and wanted and rest[-1] == wanted[-1]:
+        rest, wanted = rest[:-1], wanted[:-1]
+    return max(len(rest), len(wanted)) <= 1 or len(wanted) == 2 and rest == wanted[::-1]
 
-    Raises ValueError that lists the names, Ambiguous when several are as close.
+
+def look_up(said, names, field):
+    """The key of `names`, {key: name}, that `said` means: the key itself, the name or its first words, or a slip of one letter.
+
+    Raises ValueError that lists the names, Ambiguous when several fit as well.
     """
     wanted = said.strip().lower()
-    exact = [key for key, name in names.items() if wanted in (key.lower(), name.lower())]
-    if exact:
-        return exact[0]
-    close = [key for key, name in names.items() if difflib.SequenceMatcher(None, wanted, name.lower()).ratio() >= 0.8]
-    if len(close) > 1:
-        raise Ambiguous(field, said, [names[key] for key in close])
-    if not close:
-        raise ValueError(f"{field}={said!r} is not in this catalogue. It has: {', '.join(sorted(set(names.values())))}.")
-    return close[0]
+    for fits in (lambda key, name: wanted == key, lambda key, name: wanted == name, lambda key, name: re.match(rf"{re.escape(wanted)}\b", name), lambda key, name: len(wanted) > 3 and _slip(wanted, name)):
+        found = [key for key, name in names.items() if wanted and fits(key.lower(), name.lower())]
+        if len(found) > 1:
+            raise Ambiguous(field, said, [names[key] if len({names[other] for other in found}) > 1 else key for key in found])
+        if found:
+            return found[0]
+    raise ValueError(f"{field}={said!r} is not in this catalogue. It has: {', '.join(sorted(set(names.values())))}.")
 
 # %% ../../nbs/10_ttg/02_request.ipynb #963f7a81
 def _clock(text):
@@ -205,12 +211,16 @@ def _stay(said):
 def resolve(draft, world, today):
     """The `Request` that a draft means in a world, on the day `today`. Raises Ambiguous, ValueError."""
     after, before = _window(draft.time) if draft.time else (None, None)
-    date = lambda said, field: None if said is None else resolve_date(said, today, field)  # noqa: E731
+    leave = None if draft.leave is None else resolve_date(draft.leave, today, "leave")
+    if leave and leave < today:
+        raise ValueError(f"leave={draft.leave!r} is before {today}, the day on which it is said. Name a day to come.")
+    later = leave if leave and re.fullmatch(r"(?!next )[a-z]+( \d{1,2})?", draft.back or "") and draft.back not in ("today", "tomorrow") else today
+    sights = {name: name for name in world.attractions.attraction.unique()} if draft.see else {}
     return Request(
         origin=None if draft.origin is None else look_up(draft.origin, world.city_names, "origin"),
         stops=[look_up(said, world.city_names, "to") for said in draft.to or []],
-        depart_date=date(draft.leave, "leave"), return_date=date(draft.back, "back"),
+        depart_date=leave, return_date=None if draft.back is None else resolve_date(draft.back, later, "back"),
         nights=None if draft.nights is None else [_stay(said) for said in draft.nights],
         travellers=draft.people, rooms=draft.rooms, budget_usd=draft.budget, cabin=draft.cabin, max_connections=draft.connections,
         avoid_airlines=[look_up(said, world.carriers, "avoid") for said in draft.avoid or []], depart_after=after, depart_before=before,
-        min_stars=draft.stars, must_visit=draft.see or [], min_attractions=draft.sights, priority=draft.priority)
+        min_stars=draft.stars, must_visit=[look_up(said, sights, "see") for said in draft.see or []], min_attractions=draft.sights, priority=draft.priority)

