@@ -31,15 +31,12 @@ INSTRUCTION = "\n".join([
 class EndpointError(TranslationError):
     """A server gave no answer: it is not there, does not know the model, or refused the request."""
 
-
-class EndpointTranslator(Translator):
+# %% ../../nbs/10_ttg/09_endpoint.ipynb #af033448
+class _Served(Translator):
     """A `Translator` whose model sits behind an OpenAI-compatible server.
 
     model: its name there. base_url: such as http://localhost:8000/v1; the environment's OPENAI_BASE_URL, or OpenAI itself, when None.
     api_key: the environment's OPENAI_API_KEY when None. instruction: what the model is told first. timeout_s: for each answer.
-
-    >>> EndpointTranslator("gpt-oss-20b", "http://localhost:8000/v1").model
-    'gpt-oss-20b'
     """
 
     def __init__(self, model, base_url=None, api_key=None, instruction=INSTRUCTION, timeout_s=60):
@@ -77,6 +74,10 @@ class EndpointTranslator(Translator):
                 raise TranslationError(f"an answer did not end within max_new_tokens={max_new_tokens}")
             answers.append(answer.strip().removeprefix("```json").removesuffix("```").strip())
         return answers
+
+# %% ../../nbs/10_ttg/09_endpoint.ipynb #c8e33de0
+class EndpointTranslator(_Served):
+    __doc__ = _Served.__doc__
 
     def unheard(self, text, answer):
         """Clauses of `text` without which the model writes a draft equal to `answer`; one more call for each that may be one."""

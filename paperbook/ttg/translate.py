@@ -97,10 +97,8 @@ def train_adapter(folder, samples=8_000, batch_size=8, learning_rate=2e-3, rank=
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-    if start is None:
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-    else:
-        model = PeftModel.from_pretrained(model, start, is_trainable=True)
+    fresh = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, fresh) if start is None else PeftModel.from_pretrained(model, start, is_trainable=True)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0, betas=(0.9, 0.98))
     steps = max(1, samples // batch_size)
@@ -109,8 +107,7 @@ def train_adapter(folder, samples=8_000, batch_size=8, learning_rate=2e-3, rank=
     batches, losses = _pairs(tokenizer, batch_size, seed), []
     for _ in (bar := trange(steps, desc="adapter", disable=None if accelerator.is_main_process else True)):
         mine = next(batches)[accelerator.process_index :: accelerator.num_processes]
-        batch = {name: tensor.to(accelerator.device) for name, tensor in _pad(mine, tokenizer.convert_tokens_to_ids("<|im_end|>")).items()}
-        loss = loss_of(**batch)
+        loss = loss_of(**{name: tensor.to(accelerator.device) for name, tensor in _pad(mine, tokenizer.convert_tokens_to_ids("<|im_end|>")).items()})
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -178,7 +175,7 @@ class _Once(LogitsProcessor):
 # %% ../../nbs/10_ttg/07_translate.ipynb #c48ad0f9
 ADAPTER = resources.files("paperbook.ttg") / "adapter"
 
-
+# %% ../../nbs/10_ttg/07_translate.ipynb #d5f9c66d
 class _Loaded:
     """A language model and its tokenizer."""
 
@@ -341,7 +338,7 @@ def _names(said, text):
     words, size = text.lower().split(), len(said.split())
     return any(difflib.SequenceMatcher(None, said.lower(), " ".join(words[i : i + size]).strip(".,;!'")).ratio() > 0.75 for i in range(len(words)))
 
-
+# %% ../../nbs/10_ttg/07_translate.ipynb #ad6da7dd
 def _closest(text, names):
     """Those of `names` that a word of the text is nearest to."""
     return {name for word in re.findall(r"[a-z]+", text.lower()) for name in difflib.get_close_matches(word, names, 1, 0.75)}

