@@ -25,7 +25,7 @@ $(READY): settings.ini setup.py constraints.txt Makefile
 	@echo "Setting up .venv with $$($(PY) -V) (minutes the first time, nothing afterwards)"
 	@$(PY) -m venv .venv || { echo "$(PY) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv || echo "uv is not to be had: pip does the work, slower"
-	@install() { { [ -x $(BIN)/uv ] && $(BIN)/uv pip install -q -p $(BIN)/python "$$@"; } || $(BIN)/python -m pip install -q --disable-pip-version-check "$$@"; }; \
+	@install() { { [ -x $(BIN)/uv ] && $(BIN)/uv pip install -q --compile-bytecode -p $(BIN)/python "$$@"; } || $(BIN)/python -m pip install -q --disable-pip-version-check "$$@"; }; \
 	install -c constraints.txt -e '.[dev,peers,demo]' && install --no-deps $(ASSETS)
 	@touch $@
 
