@@ -203,6 +203,15 @@ def test_a_priority_that_time_did_not_prove_is_flagged(world, trip, monkeypatch,
     assert not plan.optimal and plan.gap_cents is None and len(calls) == 2
 
 
+@pytest.mark.parametrize("solver", ["HiGHS", "CBC"])
+def test_a_priority_that_nothing_can_serve_is_the_cheapest_trip(trip, tmp_path, solver):
+    """One night between two flights leaves no whole day, so no sight has a variable; CBC stops on a row without any."""
+    flights_csv(tmp_path, ["T1,XX,NYC,BOS,2024-03-01T18:00,2024-03-01T19:10,60", "T2,XX,BOS,NYC,2024-03-02T08:00,2024-03-02T09:10,40"])
+    own = World.from_folder(tmp_path)
+    plan = TravelModel(own, Request(origin="NYC", stops=["BOS"], depart_date="2024-03-01", nights=[(1, 1)], travellers=1, priority="sights")).solve(solver)
+    assert (plan.cost_cents, plan.value, plan.optimal) == (6000 + 4000 + 8000, 0, True)
+
+
 def test_a_priority_is_bought_at_its_least_price(world, trip):
     """Of all plans with as much comfort none is cheaper: the same worth for a cent less is impossible."""
     model = TravelModel(world, Request(**trip, priority="comfort"))

@@ -255,7 +255,7 @@ class _Model:
         _across_stops(self)
         if request.budget_usd is not None:
             _add(self, list(self.cost.items()), LE, 100 * request.budget_usd, "budget")
-        if request.priority in ("comfort", "sights"):
+        if len(self.value):  # a priority, and something to be had for it
             _add(self, list(self.cost.items()), LE, FREE, "spend")
             _add(self, list(self.value.items()), GE, -FREE, "worth")
         self.problem.setObjective(self.cost)
@@ -350,7 +350,7 @@ class TravelModel(_ByPriority):
             raise SolverTimeout(f"{solver} found no plan in time_limit_s={time_limit_s:g}, and no proof that there is none. Give it more time, or ask for less.")
         found = self._chosen()
         gap = None if bound is None else max(0, round(found["cost_cents"] - bound))
-        if self.request.priority in ("comfort", "sights"):
+        if len(self.value):
             found, proven = self._best_of_priority(found, int((1 + spend_more) * found["cost_cents"]), solver, time_limit_s)
             status, gap = ("optimal" if status == "optimal" and proven else "feasible"), None
         return Plan(**found, optimal=status == "optimal", gap_cents=0 if status == "optimal" else gap, world=self.world.digest, solver=solver,
