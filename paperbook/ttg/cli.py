@@ -283,7 +283,7 @@ def _settled(draft, world, day):
         else:
             draft = answered
 
-
+# %% ../../nbs/10_ttg/08_cli.ipynb #1ce5989c
 def _given_in(draft, request):
     """The draft with what a remedy changed, so that a later sentence does not bring the impossible wish back."""
     names = lambda values: list(values) or None  # noqa: E731

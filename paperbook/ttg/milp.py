@@ -321,7 +321,7 @@ class _ByPriority(_Solving):
             row("spend").changeRHS(FREE)
             row("worth").changeRHS(-FREE)
 
-
+# %% ../../nbs/10_ttg/05_milp.ipynb #15adae22
 class TravelModel(_ByPriority):
     __doc__ = _Model.__doc__
 
