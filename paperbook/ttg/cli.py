@@ -41,7 +41,7 @@ def _request(path):
     except ValidationError as error:
         raise typer.BadParameter(f"{path.name} is no request. {_in_words(error)}. Fields: {', '.join(Request.model_fields)}.", param_hint="REQUEST") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{str(path)!r} cannot be read: {error}", param_hint="REQUEST") from None
+        raise typer.BadParameter(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}", param_hint="REQUEST") from None
 
 
 def _world(catalogue, seed, console):
