@@ -371,8 +371,8 @@ def served():
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
                 asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                said, reason = answers[min(len(asked), len(answers)) - 1], "stop"
-                body = json.dumps(dict(id="1", object="chat.completion", created=0, model="m", choices=[dict(index=0, finish_reason=reason, message=dict(role="assistant", content=said))])).encode()
+                said = answers[min(len(asked), len(answers)) - 1]
+                body = json.dumps(dict(id="1", object="chat.completion", created=0, model="m", choices=[dict(index=0, finish_reason="stop", message=dict(role="assistant", content=said))])).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
@@ -417,6 +417,8 @@ def test_an_endpoint_is_asked_again_without_each_clause_in_doubt(served):
 def test_an_endpoint_that_is_gone_is_no_wrong_answer():
     translator = EndpointTranslator("m", "http://127.0.0.1:9/v1", timeout_s=1)
     translator.client.max_retries = 0
+    with pytest.raises(TranslationError, match=r"model='m' at http://127.0.0.1:9/v1/ gave no answer.*Is a server running there"):
+        translator("Two of us to Boston")
     with pytest.raises(TranslationError, match="Is a server running there"):
         translator.drafts(["Two of us to Boston", "Three of us to Miami"])
     with pytest.raises(TypeError, match="loads no model"):
@@ -432,13 +434,6 @@ def test_sentences_come_in_lists(texts):
     translator = Translator(torch.nn.Identity(), AutoTokenizer.from_pretrained(find("SmolLM2-135M-Instruct")))
     with pytest.raises(ValueError, match="must be a list of sentences"):
         translator.write(texts)
-
-
-def test_an_endpoint_that_is_not_there_is_named():
-    translator = EndpointTranslator("m", "http://127.0.0.1:9/v1", timeout_s=1)
-    translator.client.max_retries = 0
-    with pytest.raises(TranslationError, match=r"model='m' at http://127.0.0.1:9/v1/ gave no answer.*Is a server running there"):
-        translator("Two of us to Boston")
 
 
 # ---- the terminal ----
