@@ -353,6 +353,7 @@ def test_numbers_without_effect_are_reported(text, draft, lost):
 def test_names_without_effect_are_reported(world):
     draft = Draft(to=["Chicago"])
     assert names_left_over("From New York to Chicago, no Delta, see the Zoo", draft, world) == ["Delta", "New York", "Zoo"]
+    assert names_left_over("Two of us to Paris from New York, on a Friday", Draft(to=["New York"]), world) == ["Paris"], "a place that is in no catalogue"
     assert names_left_over("from new york to chicago", draft.model_copy(update={"origin": "New York"}), world) == []
 
 

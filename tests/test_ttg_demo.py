@@ -120,6 +120,25 @@ def test_a_journey_that_does_not_exist(page):
     assert page.plan is None and "No plan is possible" in said(page.note)
 
 
+def test_a_flight_that_lands_at_the_minute_it_left_is_a_flight(tmp_path):
+    """An hour to the west: the same time on the clock."""
+    for name, text in (("flights", "flight,carrier,origin,destination,departs,arrives,fare\nT1,XX,NYC,CHI,2024-03-01T08:00,2024-03-01T08:00,60\nT2,XX,CHI,NYC,2024-03-03T20:00,2024-03-03T23:00,40\n"),
+                       ("hotels", "city,hotel,stars,rating,rate\nCHI,Inn,3,4.0,80\n"), ("attractions", "city,attraction,rating,minutes,price\nCHI,Zoo,4,120,10\n")):
+        (tmp_path / f"{name}.csv").write_text(text)
+    own, request = World.from_folder(tmp_path), Request(origin="NYC", stops=["CHI"], depart_date="2024-03-01", nights=[(2, 2)], travellers=1)
+    plan = TravelModel(own, request).solve()
+    assert "08:00 – 08:00" in page_of.timetable_html(plan, request, own) and sum(cents for *_, cents in page_of.costs(plan, request, own)) == plan.cost_cents
+
+
+def test_what_was_filled_in_is_no_longer_left_out(page):
+    page.translator = lambda text: Translation(text, Draft(**{**TWO, "people": None}), ["people"], [])
+    hear(page, "two")
+    assert "left out: travellers" in said(page.heard)
+    page.choices.children[0].value = "2"
+    choices(page)["Go on"].click()
+    assert page.plan and "left out" not in said(page.heard)
+
+
 def test_what_is_missing_is_asked_until_it_is_there(page):
     hear(page, "half")
     assert list(choices(page))[-1] == "Go on" and len(choices(page)) == 5

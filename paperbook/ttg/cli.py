@@ -21,13 +21,14 @@ from rich.markup import escape
 from rich.table import Table
 
 # %% ../../nbs/10_ttg/08_cli.ipynb #1585b0ff
-def _in_words(error):
-    """What a ValueError says; pydantic's without its addresses."""
+def _in_words(error, names=None):
+    """What an error says; pydantic's without its addresses, its fields by `names`, {field: name}."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):
         return str(error)
-    return "; ".join(f"{'.'.join(map(str, part['loc'])) or 'request'}: {part['msg']}" for part in error.errors())
+    field = lambda part: (names or {}).get(part["loc"][0], ".".join(map(str, part["loc"]))) + ": " if part["loc"] else ""  # noqa: E731
+    return "; ".join(field(part) + part["msg"].removeprefix("Value error, ") for part in error.errors())
 
 
 def _request(path):
@@ -61,32 +62,32 @@ def _world(catalogue, seed, console):
 
 # %% ../../nbs/10_ttg/08_cli.ipynb #1f862586
 def timetable(plan, request, world):
-    """(begins, ends, what, US dollars a head or a room) of all that a plan does, in the order of their beginnings."""
+    """(kind, begins, ends, what, US dollars a head or a room) of all that a plan does, in the order of their beginnings; kind is "flight", "hotel" or "sight"."""
     import datetime as dt
 
     from paperbook.ttg.plan import LANDED_BY
 
     rows, legs = [], [world.flights.iloc[row] for row in plan.flights]
     for leg in legs:
-        rows.append((leg.departs, leg.arrives, f"{leg.flight} from {world.city_names[leg.origin]} to {world.city_names[leg.destination]}, {leg.cabin}", leg.fare / 100))
+        rows.append(("flight", leg.departs, leg.arrives, f"{leg.flight} from {world.city_names[leg.origin]} to {world.city_names[leg.destination]}, {leg.cabin}", leg.fare / 100))
     for row, one, other in zip(plan.hotels, legs, legs[1:]):
         hotel = world.hotels.iloc[row]
         nights = [one.arrives.date() + dt.timedelta(days=i) for i in range((other.departs.date() - one.arrives.date()).days)]
         rates = sum(hotel.weekend_rate if night.strftime("%a") in ("Fri", "Sat") else hotel.rate for night in nights)
-        rows.append((one.arrives, other.departs, f"{hotel.hotel}, {hotel.stars:.0f} stars, {len(nights)} night{'s' if len(nights) > 1 else ''}", rates / 100))
+        rows.append(("hotel", one.arrives, other.departs, f"{hotel.hotel}, {hotel.stars:.0f} stars, {len(nights)} night{'s' if len(nights) > 1 else ''}", rates / 100))
     for _, row, day in plan.visits:
         sight, date = world.attractions.iloc[row], dt.datetime.combine(world.date(day), LANDED_BY)
-        rows.append((date, date, f"{sight.attraction}, {sight.minutes:.0f} minutes", sight.price / 100))
-    return sorted(rows, key=lambda row: row[0])
+        rows.append(("sight", date, date, f"{sight.attraction}, {sight.minutes:.0f} minutes", sight.price / 100))
+    return sorted(rows, key=lambda row: row[1])
 
 
 def _show(plan, request, world):
     table = Table(title=" - ".join(world.city_names[code] for code in (request.origin, *request.stops, request.origin)))
     for name in ("from", "until", "what", "US dollars"):
         table.add_column(name, justify="right" if name == "US dollars" else "left")
-    for begins, ends, what, dollars in timetable(plan, request, world):
-        clock = "%a %d %b %H:%M" if begins != ends else "%a %d %b"
-        table.add_row(f"{begins:{clock}}", f"{ends:{clock}}" if begins != ends else "", escape(what), f"{dollars:,.2f}")
+    for kind, begins, ends, what, dollars in timetable(plan, request, world):
+        clock = "%a %d %b" if kind == "sight" else "%a %d %b %H:%M"
+        table.add_row(f"{begins:{clock}}", "" if kind == "sight" else f"{ends:{clock}}", escape(what), f"{dollars:,.2f}")
     Console(force_jupyter=False, width=110, highlight=False).print(table)
 
 # %% ../../nbs/10_ttg/08_cli.ipynb #cee3147c

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from importlib import resources
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cli import ASK, _filled, _meant, timetable
+from .cli import ASK, _filled, _in_words, _meant, timetable
 
 # %% ../../nbs/10_ttg/10_demo.ipynb #c7b50b61
 @cache
@@ -119,10 +120,10 @@ def trip_map(world, route=()):
 def timetable_html(plan, request, world):
     """A plan day by day as an HTML table, on local clocks; prices are for one traveller or one room."""
     days, leg = {}, 0
-    for begins, ends, what, dollars in timetable(plan, request, world):
-        if begins == ends:
+    for kind, begins, ends, what, dollars in timetable(plan, request, world):
+        if kind == "sight":
             when, tag, each = "", "<b class='ttg-tag sight'>sight</b>", "a head"
-        elif what.endswith((", economy", ", business")):
+        elif kind == "flight":
             leg += 1
             later = (ends.date() - begins.date()).days
             when, tag, each = f"{begins:%H:%M} – {ends:%H:%M}" + f"<sup>+{later}</sup>" * (later > 0), f"<b class='ttg-tag flight'>flight {leg}</b>", "a head"
@@ -138,12 +139,11 @@ def costs(plan, request, world):
     """What a plan costs in parts: a list of (kind, label, cents for all), kind one of "fare", "room", "ticket", by leg and by stop."""
     rows, route = timetable(plan, request, world), (request.origin, *request.stops, request.origin)
     name, parts = world.city_names, []
-    flights = [row for row in rows if row[2].endswith((", economy", ", business"))]
-    for leg, (row, here, there) in enumerate(zip(flights, route, route[1:]), 1):
-        parts.append(("fare", f"{leg} {name[here]} – {name[there]}", round(100 * row[3]) * request.travellers))
-    hotels = [row for row in rows if row[0] != row[1] and row not in flights]
-    for stop, row in enumerate(hotels):
-        parts.append(("room", f"{name[request.stops[stop]]}, {row[2].rpartition(', ')[2]}", round(100 * row[3]) * request.rooms_needed))
+    of = lambda kind: [(what, round(100 * dollars)) for row, *_, what, dollars in rows if row == kind]  # noqa: E731
+    for leg, ((_, cents), here, there) in enumerate(zip(of("flight"), route, route[1:]), 1):
+        parts.append(("fare", f"{leg} {name[here]} – {name[there]}", cents * request.travellers))
+    for stop, (what, cents) in zip(request.stops, of("hotel")):
+        parts.append(("room", f"{name[stop]}, {what.rpartition(', ')[2]}", cents * request.rooms_needed))
     for stop, city in enumerate(request.stops):
         if tickets := [int(world.attractions.price[row]) for at, row, _ in plan.visits if at == stop]:
             parts.append(("ticket", f"{name[city]}, {len(tickets)} sight{'s' * (len(tickets) > 1)}", sum(tickets) * request.travellers))
@@ -353,10 +353,8 @@ class _Doing(_LaidOut):
         self.answer.layout.display = None if words else "none"
 
     def _wrong(self, error, choices=()):
-        words = str(error)
-        if hasattr(error, "errors"):  # pydantic's, a list
-            words = "; ".join(": ".join([*(SAID.get(str(name), str(name)) for name in one["loc"][:1]), one["msg"].removeprefix("Value error, ")]) for one in error.errors())
-        elif not isinstance(error, ValueError | OSError | ImportError):
+        words = _in_words(error, SAID)
+        if not isinstance(error, ValueError | OSError | ImportError):
             words = f"{type(error).__name__}: {error}. This is a defect of the page; the request is not at fault."
         self._clear()
         self._say(words, choices)
@@ -388,7 +386,9 @@ class _Listening(_Doing):
         """Plans the draft, or asks for what it leaves open."""
         from paperbook.ttg.request import resolve
 
-        self.heard.value = f"<div class='ttg'><h3 class='next'>Heard</h3>{heard_html(self.draft, self.said.made_up, self.said.lost(self.world))}</div>"
+        left_out = [name for name in self.said.made_up if getattr(self.draft, name) is None]  # and not filled in since
+        lost = replace(self.said, draft=self.draft).lost(self.world)
+        self.heard.value = f"<div class='ttg'><h3 class='next'>Heard</h3>{heard_html(self.draft, left_out, lost)}</div>"
         self._say("")
         request = resolve(self.draft, self.world, self.world.start - timedelta(days=1))
         if missing := request.missing():
@@ -438,7 +438,7 @@ class _Asking(_Listening):
         if error.conflict:
             *others, last = error.conflict
             why = f"{', '.join(others)} and {last} cannot be had together" if others else f"{last} alone is too much to ask"
-        self._say(f"No plan is possible: {why}." + " Where would you give in?" * bool(error.remedies) + " Time ran out before each wish had been tried." * (not error.minimal),
+        self._say(f"No plan is possible: {why}." + " Where would you give in?" * bool(error.remedies) + " Time ran out before each wish had been tried." * (not (error.minimal and error.complete)),
                   [self._button(f"{remedy.says}: from ${remedy.cost_cents / 100:,.2f}", self._stand, remedy.request) for remedy in error.remedies])
 
 # %% ../../nbs/10_ttg/10_demo.ipynb #daca9175

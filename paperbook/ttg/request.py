@@ -214,7 +214,7 @@ def resolve(draft, world, today):
     leave = None if draft.leave is None else resolve_date(draft.leave, today, "leave")
     if leave and leave < today:
         raise ValueError(f"leave={draft.leave!r} is before {today}, the day on which it is said. Name a day to come.")
-    later = leave if leave and re.fullmatch(r"(?!next )[a-z]+( \d{1,2})?", draft.back or "") and draft.back not in ("today", "tomorrow") else today
+    later = leave if leave and re.fullmatch(rf"{'|'.join(WEEKDAYS)}|[a-z]+ \d{{1,2}}", draft.back or "") else today
     sights = {name: name for name in world.attractions.attraction.unique()} if draft.see else {}
     return Request(
         origin=None if draft.origin is None else look_up(draft.origin, world.city_names, "origin"),

@@ -449,10 +449,13 @@ def left_over(text, draft):
 
 # %% ../../nbs/10_ttg/07_translate.ipynb #91be40c2
 def names_left_over(text, draft, world):
-    """Names of cities, airlines and sights of a world that `text` has and `draft` has not."""
+    """Names that `text` has and `draft` has not: of cities, airlines and sights of a world, and words with a capital letter that do not begin a sentence."""
     said = {name.lower() for part in (draft.to, draft.avoid, draft.see, [draft.origin]) for name in part or [] if name}
     known = {*world.city_names.values(), *world.carriers.values(), *world.attractions.attraction}
-    return sorted(name for name in known if name.lower() not in said and re.search(rf"\b{re.escape(name)}\b", text, re.I))
+    lost = {name for name in known if name.lower() not in said and re.search(rf"\b{re.escape(name)}\b", text, re.I)}
+    words = [word for name in (*said, *lost, *MONTHS, *WEEKDAYS) for word in name.lower().split()]
+    capital = re.findall(r"(?<=[a-z,;:] )[A-Z][a-z]{2,}\b", text)
+    return sorted(lost | {word for word in capital if not difflib.get_close_matches(word.lower(), words, 1, 0.75) and word.lower() not in {month[:3] for month in MONTHS}})
 
 # %% ../../nbs/10_ttg/07_translate.ipynb #9da3de64
 OTHER_MONEY = re.compile(r"[€£¥₹₩₽₺]|\b(?:A|C|CA|AU|NZ|HK|S|MX)\$|(?<![a-z])(?:eur|gbp|jpy|chf|cad|aud|nzd|inr|cny|sek|nok|dkk|mxn)(?![a-z])|\b(?:euros?|pounds?|yen|francs?|rupees?|pesos?|kron[aeo]r?|yuan|(?:canadian|australian) dollars?)\b", re.I)
