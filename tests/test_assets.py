@@ -194,7 +194,7 @@ def test_texts_are_long_and_stable():
 
 def test_every_asset_with_a_package_is_pinned():
     for asset in ASSETS.values():
-        assert asset.kind in ("model", "text", "images", "table") and asset.licence and asset.summary
+        assert asset.kind in ("model", "text", "images", "table", "tasks") and asset.licence and asset.summary
         if asset.package:  # what Debian packages is pinned by its content alone
             assert (asset.version or asset.package) in asset.install and len(asset.sha256) == 64 and asset.pattern
             assert bool(asset.version) != bool(asset.system)

