@@ -1,4 +1,4 @@
-"""Trajectories of Agent-as-a-Judge: what cannot live in the notebook. Wrong input, odd records, and properties over many of them."""
+"""Trajectories and histories of Agent-as-a-Judge: what cannot live in the notebooks. Wrong input, odd records, and properties over many of them."""
 
 import base64
 import copy
@@ -13,12 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paperbook.agent_as_a_judge.history import _split, named_in
 from paperbook.agent_as_a_judge.trajectory import (
     Trajectory,
     TrajectoryError,
     TrajectoryRecorder,
-    _split,
-    named_in,
     read_messages,
     render_steps,
     without_images,
@@ -377,6 +376,12 @@ def test_truncated_output_is_not_content(tmp_path):
     assert files == {} and told["a.py"].note.startswith("not restored")
 
 
+def test_a_name_that_may_be_a_folder_is_not_called_a_file(tmp_path):
+    trajectory = shell(("echo x > b", ""), ("ls", "b  d  e"), ("cp b d", ""), ("touch e", ""))
+    told, files = restored(tmp_path, trajectory)
+    assert files == {"b": b"x\n"} and trajectory.facts().files["d"].last_write is None and not told["d"].written and not told["e"].written
+
+
 def test_restoring_wants_an_empty_folder(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     for folder in (tmp_path, tmp_path / "mine.txt"):
@@ -396,10 +401,10 @@ def test_what_is_called_complete_is_what_a_real_shell_left(tmp_path, seed):
     work.mkdir()
     for _ in range(25):
         a, b = (rng.choice(["a.txt", "d/b.py", "d/e/c.md", "f.txt", "d", "g"]) for _ in range(2))
-        command = rng.choice(
-            [f"cat > {a} <<'END'\nline {rng.random()}\n  $x `y`\nEND", f"echo one two > {a}", f"echo more >> {a}", f"mkdir -p d/e && echo {rng.random()} > d/e/c.md", f"cp {a} {b}", f"mv {a} {b}", f"rm -r {a}", f"touch {a}",
-             f"cat {a}", f"cat {a}; cat {b}", f"sed -i s/one/1/ {a}", "ls -R", "ls -la d", "find . -type f", f"cp -r {a} {b}", "cd d && echo x > h.txt && cat h.txt", f"false || echo x > {a}", f"echo '# x' | tee {a}"]
-        )
+        usual = [f"cat > {a} <<'END'\nline {rng.random()}\n  $x `y`\nEND", f"echo one two > {a}", f"echo more >> {a}", f"mkdir -p d/e && echo {rng.random()} > d/e/c.md", f"cp {a} {b}", f"mv {a} {b}", f"rm -r {a}", f"touch {a}",
+                 f"cat {a}", f"cat {a}; cat {b}", f"sed -i s/one/1/ {a}", "ls -R", "ls -la d", "find . -type f", f"cp -r {a} {b}", "cd d && echo x > h.txt && cat h.txt", f"false || echo x > {a}", f"echo '# x' | tee {a}"]
+        odd = [f"cp {a} {b}/", f"for f in {a}; do echo y > $f; done", "rm -f *.txt", f"mkdir -pv new; cat {b}", "(cd d; echo y > c.txt)", f"cp -v {a} {b}; cat {b}", f"cp -n {a} {b}"]
+        command = rng.choice(usual if rng.random() < 0.9 else odd)
         done = subprocess.run(command, shell=True, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         steps.step("", f"$ {command}", done.stdout)
     there = {p.relative_to(work).as_posix(): p.read_text() for p in work.rglob("*") if p.is_file()}
@@ -438,17 +443,16 @@ def test_recorder_lets_errors_through_and_keeps_the_steps(tmp_path):
 
 def test_messages_of_odd_shape():
     assert read_messages([]) == ()
-    legacy = [dict(role="assistant", content=None, function_call=dict(name="f", arguments='{"a": 1}')), dict(role="function", name="f", content="r")]
-    [only] = read_messages(legacy)
+    [only] = read_messages([dict(role="assistant", content=None, tool_calls=[dict(id="1", function=dict(name="f", arguments='{"a": 1}'))]), dict(role="tool", tool_call_id="1", content="r")])
     assert (only.action, only.environment, only.thought) == ('f({"a": 1})', "r", "")
-    [only] = read_messages([dict(role="assistant", content=[dict(type="text", text="a"), "b", dict(type="audio")], tool_calls=[dict(id="1", function=dict(name="g", arguments="{broken"))])])
-    assert (only.thought, only.action, only.environment) == ("a\nb\n[audio]", "g({broken)", None)
+    [only] = read_messages([dict(role="assistant", content=[dict(type="text", text="a"), dict(type="audio")], tool_calls=[dict(id="1", function=dict(name="g", arguments="{broken"))])])
+    assert (only.thought, only.action, only.environment) == ("a\n[audio]", "g({broken)", None)
 
 
 @pytest.mark.parametrize(
     ("messages", "words"),
     [([1], "message 0 is a number"), ({}, "messages is an object"), ([dict(role="x")], "role='x'"), ([dict(role="assistant", tool_calls=[dict(id="1")])], "without function.name"),
-     ([dict(role="user", content=[1])], "a part is a number"), ([dict(role="tool", tool_call_id="q", content="")], "tool_call_id='q'")],
+     ([dict(role="user", content=[1])], "a part is a number"), ([dict(role="function", name="f", content="")], "role='function'"), ([dict(role="tool", tool_call_id="q", content="")], "tool_call_id='q'")],
 )
 def test_messages_that_are_none(messages, words):
     with pytest.raises(TrajectoryError, match=words):
