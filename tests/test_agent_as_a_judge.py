@@ -72,8 +72,12 @@ def static(criteria, place):
     ("- {criteria: a, prerequisites: [-1]}", ["[-1]"]),
     ("- {criteria: a, satisfied: perhaps}", ["satisfied"]),
     ("- {requirement_id: x, criteria: a}", ["requirement_id"]),
-    ("a: b: c", ["yaml"]),
-    ("", ["NoneType"]),
+    ("a: b: c", ["yaml", "quotes"]),
+    ("- `a.py` exists.", ["quotes"]),
+    ("- The key: value pairs are saved.", ["quotes"]),
+    ("- {criteria: a, prerequisite: [0]}", ["prerequisite", "prerequisites"]),
+    ("- '  '", ["criteria"]),
+    ("", ["is empty"]),
 ])
 def test_files_that_are_no_task(tmp_path, text, words):
     (tmp_path / "task.yaml").write_text(text)
@@ -182,6 +186,46 @@ def test_an_unknown_word_never_becomes_met(place):
     assert static(sure, place).satisfied is True
     for word in ("glorious", "reversible", "not", "never", "faster"):
         assert static(sure.replace("implemented", f"{word} implemented"), place).satisfied is None, word
+
+
+@pytest.mark.parametrize("sentence", [
+    "The model does not use pandas in `src/model.py`.", "`src/old.py` does not exist.", "Neither `a.txt` nor `b.txt` is left behind.", "The code is free of TensorFlow.", "Either `results/accuracy.txt` or `results/accuracy.pdf` is saved.",
+    "If it fails, `out/errors.txt` is written.", "Optionally, a plot is saved as `plot.png`.", "PyTorch is used instead of TensorFlow in `src/model.py`.", "`docs/` may be missing.", "`src/old.py` has been removed.",
+])
+def test_a_sentence_that_is_turned_round_is_handed_on(place, sentence):
+    """Whether what is looked for is there says nothing as long as nobody knows which way the sentence goes."""
+    assert static(sentence, place).satisfied is None
+
+
+@pytest.mark.parametrize("sentence", [
+    "The accuracy in `results/accuracy.txt` is above 0.95.", "The accuracy saved in `results/accuracy.txt` is at least 0.8.", "`src/model.py` has fewer than 50 lines.", "A table with at most 10 rows is saved as `results/t.csv`.",
+    "A table with the columns path, status and hits is saved as `results/t.csv`.",
+])
+def test_what_is_said_of_an_artefact_is_not_looked_for_in_code(place, sentence):
+    (place / "results/t.csv").write_text("a,b\n" + "1,2\n" * 150)
+    (place / "src/model.py").write_text("from sklearn import svm\nsvm.SVC(C=10, tol=0.95)\n")
+    assert static(sentence, place).satisfied is None
+
+
+def test_what_was_not_read_whole_or_not_opened_is_not_judged(place):
+    import os
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    (place / "src/data.py").write_text("x = [\n" + "1,\n" * 400_000 + "]\nfrom sklearn import svm\nsvm.SVC()\n")
+    (place / "big.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(60_000_000))
+    (place / "big.json").write_text("[" + "1, " * 500_000 + "}")
+    (place / "model.pkl").write_bytes(pickle.dumps(Bomb()))
+    for sentence in ("An SVM is used in `src/data.py`.", "A plot is saved as `big.png`.", "The counts are saved as `big.json`.", "The model is saved as `model.pkl`."):
+        verdict = static(sentence, place)
+        assert verdict.satisfied is None, verdict.reason
+    (place / "settings.toml").write_text("a = = 1")
+    assert static("The results are saved as `settings.toml`.", place).satisfied is False
+    (place / "src/__init__.py").write_text("")
+    assert static("The file `src/__init__.py` exists.", place).satisfied is True
 
 
 def test_lexicon_is_well_formed():
@@ -296,6 +340,37 @@ def test_a_server_that_is_not_there_is_an_error_and_no_verdict(place):
     assert metrics.requirements_met({"t": report.to_task()}) == (0, 0, 1)
 
 
+class Raising:
+    identity = {"judge": "raising"}
+
+    def judge(self, requirement, scene):
+        if requirement.requirement_id == 1:
+            raise AttributeError("'str' object has no attribute 'choices'")
+        return Verdict(requirement.requirement_id, True, "")
+
+
+def test_a_judge_that_raises_costs_one_verdict(place, tmp_path):
+    report = run(Raising(), Task(name="t", requirements=["a", "b", "c"]), place, out=tmp_path / "r.json", progress=False)
+    assert [v.satisfied for v in report.verdicts] == [True, None, True] and "AttributeError" in report.verdicts[1].error
+
+
+@pytest.mark.parametrize("out", ["run", "run.txt", "work/run.json"])
+def test_where_a_run_cannot_be_written(place, out):
+    with pytest.raises(ValueError, match="out="):
+        run(Failing(0), Task(name="t", requirements=["a"]), place, out=place.parent / out, progress=False)
+
+
+def test_tasks_that_would_share_a_file(place, tmp_path):
+    jobs = [Job(Task(name=name, requirements=["a"]), place) for name in ("a b", "a_b")]
+    with pytest.raises(ValueError, match="'a b' and 'a_b'"):
+        run_many(Failing(0), jobs, tmp_path / "many", progress=False)
+
+
+def test_a_class_is_no_judge(place):
+    with pytest.raises(TypeError, match="StaticJudge()"):
+        run(StaticJudge, Task(name="t", requirements=["a"]), place)
+
+
 # ---- the terminal ----
 
 
@@ -331,6 +406,9 @@ def test_a_folder_of_tasks(place, tmp_path):
     (["run", "--task", "task.yaml", "--workspace", "work", "--judge", "llm", "--model", "m", "--base-url", "http://x/v1", "--modules", "guess"], "guess"),
     (["run", "--task", "task.yaml", "--workspace", "work", "--judge", "llm", "--model", "m", "--base-url", "http://x/v1", "--usd-per-million", "cheap"], "cheap"),
     (["metrics", "task.yaml"], "single verdict"),
+    (["run", "--task", "task.yaml", "--workspace", "work", "--modules", "read"], "asks no model"),
+    (["run", "--task", "task.yaml", "--workspace", "work", "--out", "work/out.json"], "inside the workspace"),
+    (["run", "--task", "task.yaml", "--workspace", "work", "--judge", "local", "--model", "nowhere"], "config.json"),
 ])
 def test_wrong_words(place, tmp_path, words, said, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")

@@ -7,8 +7,9 @@ __all__ = ['COMMAND', 'app', 'JudgeName', 'SIGN', 'TaskOption', 'WorkspaceOption
            'ModelOption', 'UrlOption', 'ModulesOption', 'UsdOption', 'RateOption', 'judge', 'run', 'ask', 'metrics',
            'report', 'restore']
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #1ec71e8f
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #0edff4e8
 import os
+import re
 import sys
 import warnings
 from enum import Enum
@@ -36,15 +37,15 @@ def judge():
 def _console():
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False, force_jupyter=False)
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #3c059517
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #325b9e56
 def _make_judge(kind, model, base_url, modules, usd, per_minute):
     """The judge that the options describe. Raises typer.BadParameter for options that do not go together."""
-    from paperbook.agent_as_a_judge.judge import MODULES, Endpoint, HybridJudge, JudgeConfig, LLMJudge, LocalJudge
+    from paperbook.agent_as_a_judge.judge import Endpoint, HybridJudge, JudgeConfig, LLMJudge, LocalJudge
     from paperbook.agent_as_a_judge.static import StaticJudge
 
     if kind == "static":
-        if model or base_url:
-            raise typer.BadParameter("the static judge asks no model: leave --model and --base-url out, or choose --judge llm, local or hybrid", param_hint="--judge")
+        if model or base_url or modules is not None or usd != "0,0" or per_minute:
+            raise typer.BadParameter("the static judge asks no model: leave --model, --base-url, --modules, prices and rates out, or choose --judge llm, local or hybrid", param_hint="--judge")
         return StaticJudge()
     if not model:
         raise typer.BadParameter(f"--judge {kind} needs --model: a name that the server at --base-url knows, or a folder with a model", param_hint="--model")
@@ -52,16 +53,18 @@ def _make_judge(kind, model, base_url, modules, usd, per_minute):
         raise typer.BadParameter("--judge llm needs --base-url, such as http://localhost:8000/v1, or OPENAI_API_KEY in the environment", param_hint="--base-url")
     try:
         config = JudgeConfig(tuple(part for part in modules.split(",") if part)) if modules is not None else JudgeConfig()
-        price = tuple(float(part) for part in usd.split(","))
-        if len(price) != 2 or min(price) < 0:
-            raise ValueError(f"--usd-per-million {usd!r} must be two prices, read and written, such as 0.15,0.60")
     except ValueError as error:
-        raise typer.BadParameter(f"{error} (modules: {', '.join(MODULES)})") from None
+        raise typer.BadParameter(str(error), param_hint="--modules") from None
+    if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", usd):
+        raise typer.BadParameter(f"{usd!r} must be two prices, read and written, such as 0.15,0.60", param_hint="--usd-per-million")
+    price = tuple(float(part) for part in usd.split(","))
     if kind == "llm" or kind == "hybrid" and base_url:
         asked = LLMJudge(Endpoint(model, base_url, usd_per_million=price, requests_per_minute=per_minute), config)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if not (Path(model) / "config.json").is_file():
+            raise typer.BadParameter(f"{model!r} is no folder with a model: it holds no config.json", param_hint="--model")
         asked = LocalJudge(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model), config)
     return HybridJudge(asked) if kind == "hybrid" else asked
 
@@ -89,7 +92,7 @@ def _jobs(task, workspace, trajectory):
     traces = {path.stem: path for path in trajectory.iterdir()} if trajectory and trajectory.is_dir() else {}
     return [Job(path, workspace / path.stem, traces.get(path.stem)) for path in files]
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #7fcdc996
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #b9f3fd42
 @app.command()
 def run(task: TaskOption, workspace: WorkspaceOption, trajectory: TrajectoryOption = None, judge: KindOption = JudgeName.static, model: ModelOption = None, base_url: UrlOption = None,
         modules: ModulesOption = None, usd_per_million: UsdOption = "0,0", requests_per_minute: RateOption = None,
@@ -110,7 +113,7 @@ def run(task: TaskOption, workspace: WorkspaceOption, trajectory: TrajectoryOpti
         reports, failed = judging.run_many(made, jobs, out or Path("judged"), workers)
         _show_many(console, reports, failed)
     if out or task.is_dir():
-        console.print(f"[dim]written to {escape(str(out or 'judged'))}; see it with: paperbook judge report[/dim]")
+        console.print(f"[dim]written to {escape(str(out or 'judged'))}; for a page: paperbook judge report {escape(str(out if task.is_file() else (out or Path('judged')) / 'TASK.json'))}[/dim]", soft_wrap=True)
     if failed or any(verdict.error for report in reports.values() for verdict in report.verdicts):
         raise typer.Exit(1)
 
@@ -172,7 +175,7 @@ def ask(criteria: Annotated[str, typer.Argument(help="The requirement, as one se
     if verdict.error:
         raise typer.Exit(1)
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #413eeaa4
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #1a1629f4
 def _judgement(path):
     """Name -> judged `Task` of a file or folder."""
     from paperbook.agent_as_a_judge.devai import Task
@@ -180,12 +183,12 @@ def _judgement(path):
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in (".json", ".yaml", ".yml")]
     if not files:
         raise typer.BadParameter(f"{path} holds no judged task", param_hint="JUDGED")
-    tasks = {file.stem: Task.from_file(file) for file in files}
+    tasks = {"the task" if path.is_file() else file.stem: Task.from_file(file) for file in files}
     if all(row.satisfied is None for task in tasks.values() for row in task.requirements):
         raise typer.BadParameter(f"{path} holds tasks without a single verdict: `satisfied` is empty everywhere. Judge them first, with `paperbook judge run`", param_hint="JUDGED")
     return tasks
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #9918f620
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #c7c1c107
 @app.command()
 def metrics(judged: Annotated[Path, typer.Argument(exists=True, help="A judged task, or a folder of them.")],
             truth: Annotated[Path | None, typer.Option(exists=True, help="Verdicts to compare with: a file or folder of the same tasks.")] = None,
@@ -193,6 +196,8 @@ def metrics(judged: Annotated[Path, typer.Argument(exists=True, help="A judged t
     """Requirements met, tasks solved, and agreement with other verdicts."""
     from paperbook.agent_as_a_judge import metrics as measures
 
+    if on_mismatch not in ("error", "intersect"):
+        raise typer.BadParameter(f"{on_mismatch!r} is unknown: use error or intersect", param_hint="--on-mismatch")
     side, console = _judgement(judged), _console()
     table = Table(box=None, pad_edge=False, show_header=False)
     rows = {f"requirements met ({rule})": measures.requirements_met(side, rule) for rule in measures.DEPENDENT} | {"tasks solved": measures.solve_rate(side)}
@@ -200,7 +205,10 @@ def metrics(judged: Annotated[Path, typer.Argument(exists=True, help="A judged t
         other = _judgement(truth)
         if set(side) & set(other) and set(side) != set(other) and on_mismatch == "intersect":
             side, other = ({name: task for name, task in one.items() if name in side and name in other} for one in (side, other))
-        rows |= _against(measures, side, other, on_mismatch)
+        try:
+            rows |= _against(measures, side, other, on_mismatch)
+        except ValueError as error:
+            raise typer.BadParameter(str(error).replace("pass on_mismatch='intersect'", "use --on-mismatch intersect"), param_hint="--truth") from None
     for name, value in rows.items():
         table.add_row(name, str(value))
     console.print(table)
@@ -221,7 +229,7 @@ def _against(measures, side, other, on_mismatch):
     rows["shift of requirements met"] = f"{measures.judge_shift(measures.requirements_met, side, other):.2f} points"
     return rows
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #7ee63863
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #81de98a8
 @app.command()
 def report(judged: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `run --out` wrote.")],
            out: Annotated[Path | None, typer.Option(help="The page; by default beside the file, as .html.")] = None,
@@ -232,7 +240,12 @@ def report(judged: Annotated[Path, typer.Argument(exists=True, dir_okay=False, h
     from paperbook.agent_as_a_judge.report import write_report
 
     out = out or judged.with_suffix(".html")
-    write_report(Report.load(judged), out, compare=Task.from_file(compare) if compare else None)
+    if out.suffix != ".html" or out.is_dir():
+        raise typer.BadParameter(f"{str(out)!r} must be a file that ends in .html", param_hint="--out")
+    made, other = Report.load(judged), Task.from_file(compare) if compare else None
+    if other and not {row.criteria for row in made.task.requirements} & {row.criteria for row in other.requirements}:
+        raise typer.BadParameter(f"{compare} has not one requirement in common with {judged}: is it of another task?", param_hint="--compare")
+    write_report(made, out, compare=other)
     _console().print(f"wrote {escape(str(out))}", soft_wrap=True)
 
 

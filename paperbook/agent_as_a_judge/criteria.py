@@ -99,7 +99,11 @@ def _lookup(text, kinds):
     found = [(match.start(), match.end(), Idea(name, kind, entry["code"])) for kind in kinds for name, entry in lexicon()[kind].items() for match in re.finditer(entry["said"], text, re.I)]
     return [one for one in found if not any(o[0] <= one[0] and one[1] <= o[1] and o[1] - o[0] > one[1] - one[0] for o in found)]
 
-# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #88d680ec
+# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #22a99a0e
+_TURNS = re.compile(r"\b(not|no|none|never|without|instead|rather|except|unless|nothing|nor|neither|either|if|otherwise|optional|optionally|may|might|avoids?|avoided|free of|replac(es|ed|ing)|delet(es|ed|ing)"
+                    r"|cleaned up|(has|have|had) been removed|left behind)\b|(?<=`)\s*,?\s*or( as| in| under)?\s*(?=`)", re.I)
+
+# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #58ef843f
 @dataclass(frozen=True)
 class Reading:
     """A criterion, taken apart. `ideas`: groups of alternatives. `quantities`: named figures, name -> regular expression over a text.
@@ -113,11 +117,17 @@ class Reading:
     numbers: tuple[str, ...]
     rest: tuple[str, ...]
 
+    @property
+    def turns(self):
+        """Words that turn the sentence round or make it depend on something (*not*, *without*, *if*, *either*): what is found may then mean either."""
+        text = re.sub(r"`[^`]*`", " ` ", re.sub(r'either(?= ["\u201c])', "", self.criteria, flags=re.I))
+        return tuple(dict.fromkeys(match[0].lower() for match in _TURNS.finditer(text)))
+
     def of(self, *roles):
         """Its paths of these roles."""
         return [claim for claim in self.paths if claim.role in roles]
 
-# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #3989af70
+# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #35f2720d
 _QUOTED = re.compile(r"[\"“]([^\"”]+?)[,.]?[\"”]")
 _ASIDE = re.compile(r"\(?\be\.g\.,?[^)]*\)|,? \be\.g\.[^.,;)]*|\b(such as|like) [^.]*?(?=,? (is|are|were|was) |,? in |\.|$)|\bpotentially (being )?(downloaded|downloading)[^.]*?(?=\.|, (loaded|load)| and loaded|$)", re.I)
 _ITS_DATA = re.compile(r"[\"”]?(?: [\w-]+){0,3}? (?:data ?sets?|data)\b", re.I)  # "IMDb" movie reviews dataset
@@ -142,7 +152,7 @@ def _stems(text):
     """Words of a path or a name, cut short so that plural and singular meet."""
     return {word.lower().rstrip("s")[:7] for word in re.findall(r"[A-Za-z]+", text)}
 
-# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #fcf748a3
+# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #8431d900
 def read_criteria(criteria):
     """Take one criterion apart; returns a `Reading`.
 
@@ -169,7 +179,7 @@ def read_criteria(criteria):
     numbers = tuple(re.findall(r"(?<![\w.-])\d+(?:\.\d+)?%?(?![\w-])", blank(text, used)))
     return Reading(criteria, tuple(paths), _grouped(spans, text), quantities, topics, numbers, _rest(blank(text, used), paths))
 
-# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #21ff3590
+# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #c8c99315
 def _whole_quote(text, start, end):
     """The stretch of the quotation that [start, end) stands in, or the stretch itself."""
     return next((quote.span() for quote in _QUOTED.finditer(text) if quote.start() <= start and end <= quote.end()), (start, end))
@@ -208,7 +218,7 @@ def _rest(text, paths):
     words = re.findall(r"[A-Za-z][\w'-]*", text)
     return tuple(word for word in words if word.lower() not in plain and not _stems(word) <= named and len(word) > 1)
 
-# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #6626438f
+# %% ../../nbs/09_agent_as_a_judge/08_criteria.ipynb #60c11d3b
 def _topics(text, paths):
     """(topics, spans they take up) of a report: an .md, .html, .pdf, .docx or .ipynb that the sentence names."""
     if not any(claim.suffix in (".md", ".html", ".pdf", ".docx", ".ipynb") and claim.role == "artefact" for claim in paths):

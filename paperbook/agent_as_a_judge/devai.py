@@ -6,16 +6,17 @@
 __all__ = ['AGENTS', 'JUDGES', 'FETCH', 'Requirement', 'Preference', 'Task', 'TaskError', 'read_task', 'CyclicTask',
            'requirement_graph', 'DevAI', 'category_of', 'to_datasets']
 
-# %% ../../nbs/09_agent_as_a_judge/01_devai.ipynb #1e96d3e8
+# %% ../../nbs/09_agent_as_a_judge/01_devai.ipynb #a9c5e71e
 import json
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..core.assets import find
 
-# %% ../../nbs/09_agent_as_a_judge/01_devai.ipynb #d802bff3
+# %% ../../nbs/09_agent_as_a_judge/01_devai.ipynb #2e2bf2a5
 class Requirement(BaseModel):
     """One sentence that a judge answers with yes or no.
 
@@ -26,7 +27,7 @@ class Requirement(BaseModel):
     model_config = ConfigDict(extra="allow")
     requirement_id: int
     prerequisites: list[int] = []
-    criteria: str = Field(min_length=1)
+    criteria: str = Field(min_length=1, pattern=r"\S")
     category: str | None = None
     satisfied: bool | None = None
 
@@ -39,7 +40,7 @@ class Preference(BaseModel):
     criteria: str = Field(min_length=1)
     satisfied: bool | None = None
 
-# %% ../../nbs/09_agent_as_a_judge/01_devai.ipynb #ec7d7160
+# %% ../../nbs/09_agent_as_a_judge/01_devai.ipynb #99e1f671
 class _Rows(BaseModel):
     """The fields of a `Task` and what must hold of them."""
 
@@ -59,6 +60,12 @@ class _Rows(BaseModel):
         rows = [{"criteria": row} if isinstance(row, str) else row for row in given]
         if odd := [row for row in rows if not isinstance(row, dict | BaseModel)]:
             raise ValueError(f"{odd[0]!r} is neither a sentence nor a mapping with `criteria`")
+        for row in (row for row in rows if isinstance(row, dict)):
+            if "criteria" not in row:
+                raise ValueError(f"{row!r} has no `criteria`. A sentence with a colon in it must stand in quotes")
+            for name in set(row) - {key, "criteria", "prerequisites", "category", "satisfied", "verdict"}:
+                if near := get_close_matches(name, [key, "criteria", "prerequisites", "category", "satisfied"], 1, 0.8):
+                    raise ValueError(f"{row['criteria']!r} has the unknown field {name!r}. Did you mean {near[0]!r}?")
         return [{key: place} | row if isinstance(row, dict) else row for place, row in enumerate(rows)]
 
     @model_validator(mode="after")
@@ -99,7 +106,7 @@ class Task(_Rows):
         graph = self.graph()
         return [graph.nodes[node]["requirement"] for node in nx.lexicographical_topological_sort(graph)]
 
-# %% ../../nbs/09_agent_as_a_judge/01_devai.ipynb #ecc6c963
+# %% ../../nbs/09_agent_as_a_judge/01_devai.ipynb #ea5d3469
 class TaskError(ValueError):
     """A file is no task; the message says which file and what is wrong with it."""
 
@@ -117,8 +124,8 @@ def read_task(path):
     path = Path(path)
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise TaskError(f"{path}: a task is a .json, .yaml or .yml file, not {path.suffix or 'a file without extension'!r}.")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             raw = json.loads(text)
         else:
@@ -126,10 +133,13 @@ def read_task(path):
 
             raw = yaml.safe_load(text)
     except Exception as error:  # two parsers with errors of their own
-        raise TaskError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+        if isinstance(error, OSError):
+            raise
+        quotes = " (A sentence that begins with a backtick, or has a colon in it, must stand in quotes.)" if path.suffix != ".json" else ""
+        raise TaskError(f"{path} cannot be read as {path.suffix[1:]}: {error}{quotes}") from error
     raw = {"requirements": raw} if isinstance(raw, list) else raw
     if not isinstance(raw, dict):
-        raise TaskError(f"{path} holds {type(raw).__name__}, not a task. Write `requirements:` and a list of sentences.")
+        raise TaskError(f"{path} {'is empty' if raw is None else f'holds {type(raw).__name__}'}, not a task. Write `requirements:` and a list of sentences.")
     try:
         return Task.model_validate({"name": path.stem} | raw)
     except ValidationError as error:

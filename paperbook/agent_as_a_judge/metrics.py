@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .devai import category_of
 
-# %% ../../nbs/09_agent_as_a_judge/02_metrics.ipynb #4b3f9364
+# %% ../../nbs/09_agent_as_a_judge/02_metrics.ipynb #c00f7efe
 class Share(NamedTuple):
     """`count` of `total` verdicts; `missing` had none and are in neither."""
 
@@ -27,7 +27,7 @@ class Share(NamedTuple):
 
     def __str__(self):
         silent = f", {self.missing} missing" if self.missing else ""
-        return f"{100 * self.rate:.2f} % ({self.count} of {self.total}{silent})"
+        return f"{100 * self.rate:.2f} % ({self.count} of {self.total}{silent})" if self.total else f"no verdict{silent}"
 
 
 def _share(answers):

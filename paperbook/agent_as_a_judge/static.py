@@ -7,8 +7,9 @@ __all__ = ['Evidence', 'Usage', 'Verdict', 'Fact', 'Code', 'read_code', 'reached
            'check_artefact', 'check_ideas', 'check_dataset', 'check_quantities', 'check_topics', 'check_numbers',
            'StaticJudge']
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #b9ce2a80
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #c0979c33
 import ast
+import hashlib
 import io
 import re
 import time
@@ -394,7 +395,7 @@ def _line(scene, path, number):
     lines = scene.document(path).text.splitlines()
     return lines[number - 1].strip()[:200] if 0 < number <= len(lines) else ""
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #e7c3687e
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #f539667c
 def locate_file(scene, claim):
     """(path or None, Check) for the file of a `PathClaim`."""
     wanted = claim.path.removeprefix("./").rstrip("/")
@@ -408,14 +409,14 @@ def locate_file(scene, claim):
     if same:
         return None, Check(None, f"`{wanted}` is not there, but `{same[0]}` is", (Evidence("tree", same[0], "", "another folder than asked"),))
     if any(info.path == wanted for info in scene.workspace.files):
-        return None, Check(False, f"`{wanted}` is a link that leads nowhere or out of the workspace, or no file at all", (Evidence("tree", wanted, "", "cannot be read"),))
+        return None, Check(False, f"`{wanted}` is no file that can be read: a link that leads nowhere or out of the workspace, or a device", (Evidence("tree", wanted, "", "cannot be read"),))
     if scene.history and (step := scene.history.last_seen(wanted)) is not None and not (scene.history.files.get(wanted) and scene.history.files[wanted].removed):
         return None, Check(None, f"`{wanted}` is not there, though the trajectory shows it in step {step}", (Evidence("trajectory", f"step {step}", "", f"shows {wanted}"),))
     folder = str(PurePosixPath(wanted).parent)
     there = [path for path in scene.paths if str(PurePosixPath(path).parent) == folder]
     return None, Check(False, f"`{wanted}` is not there", (Evidence("tree", folder, ", ".join(PurePosixPath(path).name for path in there[:10]) or "(nothing)", "what the folder holds"),))
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #5fc9be4d
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #f5d12c3e
 _IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".svg")
 _MODELS = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".h5", ".hdf5", ".keras", ".onnx", ".safetensors", ".bin", ".npy", ".npz", ".model", ".json", ".zip", ".ckpt", ".pb")
 _PLACEHOLDER = re.compile(r"\b(todo|tbd|placeholder|lorem ipsum|coming soon|not (yet )?implemented|to be (added|done|filled|completed|written|determined)|fill (me )?in|your \w+ here|insert \w+ here|(sample|example|dummy) (output|results?|text|report)|(results?|output|text) (goes?|here)|xxx+)\b", re.I)
@@ -434,7 +435,7 @@ def _broken(document):
         return "was never executed"
     if suffix in (".txt", ".md", ".json", ".csv", ".log", ".html") and "Traceback (most recent call last)" in document.text:
         return "holds a traceback"
-    if suffix in (".json", ".ipynb", ".yaml", ".yml") and facts.get("parses") is False:
+    if suffix in (".json", ".jsonl", ".ipynb", ".yaml", ".yml", ".toml", ".xml") and facts.get("parses") is False:
         return "does not parse"
     if suffix in _IMAGES and facts.get("blank"):
         return "shows one colour only"
@@ -452,7 +453,21 @@ def _broken(document):
         return "is a text and no model"
     return None
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #d479b775
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #eab85cc7
+def _unsure(scene, document):
+    """Why it cannot be told whether an artefact is sound, or None: it was too large to be read whole, is packed, or would run something."""
+    facts, size = document.facts, document.facts.get("size", 0)
+    if facts.get("dangerous"):
+        return f"would run {', '.join(facts['dangerous'][:3])} when it is loaded"
+    if document.kind == "pickle" and facts.get("opens") is False and scene.workspace.resolve(document.path).read_bytes()[:2] in (b"x\x9c", b"x\x01", b"x\xda", b"\x1f\x8b", b"BZ"):
+        return "is compressed and was not looked into"
+    if facts.get("opens", facts.get("parses")) is not True and size > scene.workspace.max_file_bytes:
+        return f"has {size:,} bytes and was not read whole"
+    if document.kind in ("image", "pdf", "docx", "array", "tensors", "pickle", "sqlite", "json", "yaml", "toml", "xml") and None in (facts.get("opens", True), facts.get("parses", True)):
+        return "was not opened"
+    return None
+
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #f35c3f46
 def check_artefact(scene, claim, criteria):
     """`Check`s of a file or folder that the work should have left."""
     if claim.role == "folder":
@@ -461,6 +476,8 @@ def check_artefact(scene, claim, criteria):
     if path is None:
         return [check]
     document = scene.document(path)
+    if why := _unsure(scene, document):
+        return [Check(None, f"`{path}` {why}", (Evidence("file", path, "", "; ".join(document.notes)),))]
     if wrong := _broken(document):
         return [Check(False, f"`{path}` {wrong}", (Evidence("file", path, document.text[:200], "; ".join(document.notes)),))]
     if claim.suffix == ".gif" and re.search(r"\b(gif|animat\w+|motion|over time|changes)\b", criteria, re.I) and document.facts.get("frames", 2) < 2:
@@ -475,13 +492,15 @@ def _check_folder(scene, claim, criteria):
     wants = (("a figure", (*_IMAGES, ".html", ".pdf", ".mp4", ".avi")) if re.search(r"figure|plot|image|visual|video|spectrogram|heat ?map|chart", f"{folder} {criteria}", re.I) and not re.search(r"metric|models?/", folder)
              else ("a model", _MODELS) if re.search(r"models?\b|weights|checkpoint", folder, re.I) else ("a file", ()))
     fit = [path for path in inside if not wants[1] or PurePosixPath(path).suffix.lower() in wants[1] or wants[0] == "a model" and "." not in PurePosixPath(path).name]
-    good = [path for path in fit if not _broken(scene.document(path))]
+    good = [path for path in fit if not _unsure(scene, scene.document(path)) and not _broken(scene.document(path))]
+    if not good and (unsure := [path for path in fit if _unsure(scene, scene.document(path))]):
+        return Check(None, f"`{unsure[0]}` {_unsure(scene, scene.document(unsure[0]))}", (Evidence("file", unsure[0], "", ""),))
     if good:
         return Check(True, f"`{folder}/` holds {wants[0]}: {', '.join(PurePosixPath(path).name for path in good[:4])}", tuple(Evidence("file", path, "", ", ".join(f"{k}: {v}" for k, v in scene.document(path).facts.items())[:200]) for path in good[:3]))
     why = f"; {PurePosixPath(fit[0]).name} {_broken(scene.document(fit[0]))}" if fit else ""
     return Check(False, f"`{folder}/` holds no sound {wants[0].split()[1]}{why}", (Evidence("tree", folder, ", ".join(inside[:10]) or "(nothing)", "what the folder holds"),))
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #2f82dc03
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #2209d40c
 _MADE_UP = re.compile(r"(numpy\.random\.(rand|randn|randint|normal|uniform|random|standard_normal|multivariate_normal|poisson|exponential|beta|binomial)\(|\.(normal|uniform|standard_normal|integers|random)\(|make_(classification|regression|blobs|moons)|torch\.(rand|randn|randint)\b|random\.(random|gauss|uniform|randint)\b|synthetic|dummy|fake|mock_?data|simulat)", re.I)
 _READS = re.compile(r"read_(csv|excel|json|parquet|table|sql)|load_dataset|fetch_|load_(iris|wine|digits|breast_cancer|diabetes)|datasets\.|open\b|loadtxt|genfromtxt|numpy\.load|ImageFolder|glob|listdir|download|urlopen|requests\.get", re.I)
 
@@ -517,7 +536,7 @@ def _mentions(scene, pattern, paths):
 def _shown(scene, path, fact, note=""):
     return (Evidence("file", f"{path}:{fact.line}", _line(scene, path, fact.line), note or fact.text[:120]),)
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #e4fd7664
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #4090fc7f
 _FRAMEWORKS = re.compile(r"\b(streamlit|gradio|dash|flask|fastapi|bokeh|tkinter|panel)\.", re.I)
 
 
@@ -544,7 +563,7 @@ def check_ideas(scene, group, paths, criteria):
         return Check(True, f"{wanted} is named in {named[0][0]}, which loads a model", _shown(scene, *named[0]))
     return _absent(scene, group, wanted, place, pattern, paths)
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #6bdbcb44
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #fe7c750c
 def _absent(scene, group, wanted, place, pattern, paths):
     """What it means that no live code has an idea: another one in its place, a mention, or nothing."""
     kind, said = group[0].kind, _mentions(scene, pattern, paths)
@@ -571,7 +590,7 @@ def _another_model(scene, group, paths, scope=None):
                     return path, fact, name.replace("_", " ")
     return None
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #c3b19ccd
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #85f906c5
 def check_dataset(scene, group, paths, criteria):
     """As `check_ideas`, for a dataset: found, made up, another one, or not to be told."""
     check = check_ideas(scene, group, paths, criteria)
@@ -594,7 +613,7 @@ def check_dataset(scene, group, paths, criteria):
             return Check(None, f"{check.what}, but something is read there", (Evidence("file", f"{reads[0][0]}:{reads[0][1].line}", _line(scene, reads[0][0], reads[0][1].line), reads[0][1].text[:120]),))
     return Check(check.ok, check.what + (", and data are made up" if invented and check.ok is False else ""), check.evidence + shown)
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #1312b8ba
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #f244994f
 def _made_by_agent(scene, paths):
     """(file, step, action) of a file that code of `paths` names and that the agent filled with random numbers, or None."""
     files = scene.history.files if scene.history else {}
@@ -606,7 +625,7 @@ def _made_by_agent(scene, paths):
                 return path, step, action
     return None
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #200f8984
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #10638c88
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?%?")
 
 
@@ -628,10 +647,14 @@ def check_quantities(scene, reading):
         hits = [(path, match) for path in found for match in re.finditer(said, scene.document(path).text, re.I)]
         valued = [(path, match) for path, match in hits if _NUMBER.search(scene.document(path).text[match.end() : match.end() + 400])]
         nothing = [(path, match) for path, match in hits if re.match(r"[\"'\s:=|\w()-]{0,20}?\b(nan|n/a|none|null|inf|tbd)\b", scene.document(path).text[match.end() : match.end() + 30], re.I)]
+        by_hand = [(step, number) for path, match in valued[:1] if scene.history and path in scene.history.files for number in _NUMBER.findall(scene.document(path).text[match.end() : match.end() + 40])[:1] if len(number.strip("0.%")) >= 2
+                   for step in [scene.history.files[path].created, *scene.history.files[path].edits] if step is not None and number in (scene.trajectory.steps[step].action or "")]
         typed = [number for path, match in valued[:1] for number in _NUMBER.findall(scene.document(path).text[match.end() : match.end() + 40])[:1] if len(number.strip("0.%")) >= 2 and _typed_in(scene, number)]
         text = lambda path, match: scene.document(path).text[max(0, match.start() - 20) : match.end() + 60].replace("\n", " ")  # noqa: E731
         if nothing:
             checks.append(Check(False, f"{name} has no value in `{nothing[0][0]}`", (Evidence("file", nothing[0][0], text(*nothing[0])),)))
+        elif by_hand:
+            checks.append(Check(None, f"{name} is in `{valued[0][0]}`, where the agent wrote {by_hand[0][1]} by hand in step {by_hand[0][0]}", (Evidence("trajectory", f"step {by_hand[0][0]}", (scene.trajectory.steps[by_hand[0][0]].action or "")[:300], "the number is in the action"),)))
         elif typed:
             checks.append(Check(None, f"{name} is in `{valued[0][0]}`, and the same number, {typed[0]}, stands in the code", (Evidence("file", valued[0][0], text(*valued[0])),)))
         elif named and not hits:
@@ -643,7 +666,7 @@ def check_quantities(scene, reading):
             checks.append(Check(None if found[0].endswith(".csv") else False, f"{name} is not in `{found[0]}`" if not hits else f"{name} is named without a number in `{found[0]}`", (Evidence("file", found[0], scene.document(found[0]).text[:200]),)))
     return checks
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #bf034f43
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #ab5e6bec
 _LIKE = {"visuali": r"visuali|figure|!\[|<img|plot|chart|image", "result": r"result|accuracy|score|metric|performance", "train": r"train|fit", "preproc": r"pre-?process|clean|prepar|data", "evaluat": r"evaluat|metric|accuracy|score|validation", "architec": r"architect|layer|model",
          "install": r"install|pip |requirements|set-?up", "run": r"\brun|usage|python |launch|start", "start": r"\brun|usage|python |launch|start", "use": r"usage|\buse|example"}
 
@@ -657,7 +680,7 @@ def _topic_words(topic):
     telling = [word for word in words if word not in dull] or words
     return [next((like for stem, like in _LIKE.items() if word.startswith(stem)), re.escape(word[:7].rstrip("s"))) for word in telling]
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #aa1689bd
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #1d64f80d
 def check_topics(scene, reading):
     """`Check`s of what a report must speak of."""
     found = [path for claim in reading.of("artefact") if claim.suffix in (".md", ".html", ".pdf", ".docx", ".ipynb") for path in [locate_file(scene, claim)[0]] if path]
@@ -674,8 +697,10 @@ def check_topics(scene, reading):
 
 
 def check_numbers(scene, reading, paths):
-    """`Check`s of the numbers that a sentence gives, in live code or settings; 80% is also 0.8 and 0.2."""
+    """`Check`s of the numbers that a sentence gives, in live code or settings; 80% is also 0.8 and 0.2. What is said of an artefact is not told."""
     checks = []
+    if reading.numbers and (reading.of("artefact", "folder") or reading.quantities or re.search(r"\b(lines|rows|columns|seconds|minutes|hours|pages|files|tests|[kmg]b)\b", reading.criteria, re.I)):
+        return [Check(None, f"whether {', '.join(reading.numbers)} holds is not looked at")]
     for number in reading.numbers:
         value = float(number.rstrip("%"))
         same = {value, value / 100, 1 - value / 100} if number.endswith("%") else {value}
@@ -688,14 +713,25 @@ def check_numbers(scene, reading, paths):
             checks.append(Check(False if limit and not settings else None, f"{number} is {'in ' + settings[0] if settings else 'in no code'}"))
     return checks
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #9ec56040
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #f23c8015
 def _says(path, idea):
     """Whether a path is named after an idea."""
     words = PurePosixPath(path).stem.replace("_", " ").replace("-", " ")
     return any(re.search(lexicon()[kind][idea.name]["said"], words, re.I) for kind in ("step", "model") if idea.name in lexicon()[kind])
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #12c84da5
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #af0054ac
 _TABLES = (".db", ".sqlite", ".sqlite3", ".csv", ".json", ".txt", ".md", ".html")
+
+
+def _check_columns(scene, reading):
+    """`Check`s of columns that a sentence lists, against those of the table it names."""
+    match = re.search(r"\bcolumns?\b(?: named| called)?:? ([\w`'\", -]+?)(?= (?:is|are|in|of|from|for|to)\b|[.;:)]|$)", reading.criteria)
+    tables = [path for claim in reading.of("artefact") for path in [locate_file(scene, claim)[0]] if path and scene.document(path).facts.get("columns")]
+    if not match or not tables:
+        return []
+    have = {str(column).strip().lower() for column in scene.document(tables[0]).facts["columns"]}
+    want = [word.strip("`'\" ").lower() for word in re.split(r",|\band\b", match[1]) if word.strip("`'\" ")]
+    return [Check(True if set(want) <= have else None, f"`{tables[0]}` has the columns {', '.join(sorted(have))}", (Evidence("file", tables[0], "", f"looked for {', '.join(want)}"),))]
 
 
 def _in_artefact(scene, group, path):
@@ -706,7 +742,7 @@ def _in_artefact(scene, group, path):
     wanted = " or ".join(idea.name for idea in group)
     return Check(True if held else False if path.endswith((".db", ".sqlite", ".sqlite3", ".csv")) else None, f"{wanted} is {'' if held else 'not '}in `{path}`", (Evidence("file", path, document.text[:200], str(document.facts)[:200]),))
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #ec52929f
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #b24599a2
 _TURNS = {"not", "no", "never", "only", "without", "instead", "rather", "except", "unless", "nothing", "nor", "neither", "if", "otherwise", "than", "but"}
 
 
@@ -720,7 +756,7 @@ def _word_is_alive(scene, word):
         scene.memo["words"] = " ".join(fact.text.split(") ")[0] for fact in facts).lower()
     return stem[:9] in scene.memo["words"]
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #ec7fb32e
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #28bd141b
 def _is_read(scene, claim):
     """Live code must name an input file."""
     hits = _find(scene, re.compile(re.escape(PurePosixPath(claim.path).name)), scene.python)
@@ -743,7 +779,10 @@ def _sound(scene, path, check):
         return Check(None, f"`{path}` is there, but its last run, in step {run.step}, failed: {run.error}", (Evidence("trajectory", f"step {run.step}", run.command[:200], str(run.error)),))
     return check
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #a2ea71d6
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #cadf461e
+_EXISTS = re.compile(r"\b(exists?|is there|is present|are present)\b", re.I)
+
+
 class _Checks:
     """The checks of a `StaticJudge`."""
 
@@ -752,7 +791,7 @@ class _Checks:
         checks, code = [], []
         for claim in reading.of("code"):
             path, check = locate_file(scene, claim)
-            checks.append(_sound(scene, path, check) if path else check)
+            checks.append(check if not path or _EXISTS.search(reading.criteria) and not reading.ideas else _sound(scene, path, check))
             code += [path] if path else []
         for claim in reading.of("artefact", "folder", "input"):
             checks += [Check(None, check.what, check.evidence) if claim.role == "input" and check.ok is False else check for check in check_artefact(scene, claim, reading.criteria)]
@@ -769,9 +808,9 @@ class _Checks:
                 checks.append(_in_artefact(scene, group, named[0]))
                 continue
             checks.append((check_dataset if group[0].kind == "dataset" else check_ideas)(scene, group, paths, reading.criteria))
-        return checks + check_quantities(scene, reading) + check_topics(scene, reading) + check_numbers(scene, reading, paths)
+        return checks + _check_columns(scene, reading) + check_quantities(scene, reading) + check_topics(scene, reading) + check_numbers(scene, reading, paths)
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #68fc0357
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #addd9125
 class StaticJudge(_Checks):
     """Judges by looking things up: no model, nothing is run, the same answer every time.
 
@@ -779,7 +818,17 @@ class StaticJudge(_Checks):
     """
 
     name = "static"
-    identity = {"judge": "static"}
+
+    @property
+    def identity(self):
+        """What a run must have in common with another one to go on with it: the rules' version and the lexicon."""
+        import paperbook
+
+        return {"judge": self.name, "version": paperbook.__version__, "lexicon": hashlib.sha256(repr(lexicon()).encode()).hexdigest()[:12]}
+
+    def named(self, reading, scene):
+        """Paths of the files that a `Reading` names and that are there."""
+        return [path for claim in reading.of("code", "artefact", "input") for path in [locate_file(scene, claim)[0]] if path]
 
     def judge(self, requirement, scene):
         """One `Verdict`."""
@@ -788,13 +837,17 @@ class StaticJudge(_Checks):
         checks = self.checks(reading, scene)
         failed, open_ = [c for c in checks if c.ok is False], [c for c in checks if c.ok is None]
         rest = [word for word in reading.rest if not _word_is_alive(scene, word)]
-        if len(checks) <= len(reading.of("code")):
-            open_.append(Check(None, "nothing in it can be looked up but a path"))
+        if reading.turns:  # found or not, it may mean either
+            open_, failed = [*open_, *failed, Check(None, f"{', '.join(turn.strip(' ,') for turn in reading.turns)!r} turns the sentence or makes it depend on something")], []
+        elif large := [path for path in self.named(reading, scene) if scene.document(path).facts.get("size", 0) > scene.workspace.max_file_bytes]:
+            open_, failed = [*open_, *failed, Check(None, f"`{large[0]}` is too large to be read whole")], []
+        if len(checks) <= len(reading.of("code")) and not (checks and _EXISTS.search(reading.criteria)):
+            open_.append(Check(None, "nothing in it can be looked up" + " but a path" * bool(checks)))
         if failed:
             satisfied, reason = False, "; ".join(c.what for c in failed)
         elif open_ or rest:
             satisfied, reason = None, "; ".join([c.what for c in open_] + ([f"not understood: {', '.join(rest)}"] if rest else []))
         else:
             satisfied, reason = True, "; ".join(c.what for c in checks)
-        evidence = tuple(piece for c in (failed or checks) for piece in c.evidence)
+        evidence = tuple(dict.fromkeys(piece for c in (failed or checks) for piece in c.evidence))
         return Verdict(requirement.requirement_id, satisfied, reason, evidence, seconds=time.perf_counter() - start, judge=self.name)
