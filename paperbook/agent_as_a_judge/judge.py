@@ -150,7 +150,7 @@ def read_reply(text):
 class EndpointError(RuntimeError):
     """A server gave no answer that could be used, after all retries."""
 
-# %% ../../nbs/09_agent_as_a_judge/11_judge.ipynb #6b74c43e
+# %% ../../nbs/09_agent_as_a_judge/11_judge.ipynb #a5f2b1b0
 class Endpoint:
     """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, or a service.
 
@@ -193,8 +193,7 @@ class Endpoint:
             text, used = done.choices[0].message.content or "", done.usage
         except (AttributeError, IndexError, TypeError) as error:
             raise EndpointError(f"{where} answered with something that is no chat completion: {str(done)[:100]!r}. Does base_url end in /v1?") from error
-        read, written = (getattr(used, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens"))
-        cached = getattr(getattr(used, "prompt_tokens_details", None), "cached_tokens", 0) or 0
+        read, written, cached = (getattr(part, name, 0) or 0 for part, name in ((used, "prompt_tokens"), (used, "completion_tokens"), (getattr(used, "prompt_tokens_details", None), "cached_tokens")))
         return text, Usage(read, written, cached, (read * self.price[0] + written * self.price[1]) / 1e6)
 
 # %% ../../nbs/09_agent_as_a_judge/11_judge.ipynb #9fdf47ee
