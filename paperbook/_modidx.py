@@ -23,6 +23,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'paperbook/agent_as_a_judge/cli.py'),
                                                 'paperbook.agent_as_a_judge.cli.metrics': ( '09_agent_as_a_judge/cli.html#metrics',
                                                                                             'paperbook/agent_as_a_judge/cli.py'),
+                                                'paperbook.agent_as_a_judge.cli.read': ( '09_agent_as_a_judge/cli.html#read',
+                                                                                         'paperbook/agent_as_a_judge/cli.py'),
                                                 'paperbook.agent_as_a_judge.cli.report': ( '09_agent_as_a_judge/cli.html#report',
                                                                                            'paperbook/agent_as_a_judge/cli.py'),
                                                 'paperbook.agent_as_a_judge.cli.restore': ( '09_agent_as_a_judge/cli.html#restore',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMAND', 'app', 'JudgeName', 'SIGN', 'TaskOption', 'WorkspaceOption', 'TrajectoryOption', 'KindOption',
-           'ModelOption', 'UrlOption', 'ModulesOption', 'UsdOption', 'RateOption', 'judge', 'run', 'ask', 'metrics',
-           'report', 'restore']
+           'ModelOption', 'UrlOption', 'ModulesOption', 'UsdOption', 'RateOption', 'judge', 'run', 'ask', 'read',
+           'metrics', 'report', 'restore']
 
 # %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #0edff4e8
 import os
@@ -175,7 +175,24 @@ def ask(criteria: Annotated[str, typer.Argument(help="The requirement, as one se
     if verdict.error:
         raise typer.Exit(1)
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #1a1629f4
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #f9209311
+@app.command()
+def read(task: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Requirements, .yaml or .json.")]):
+    """Show what the static judge understands of each requirement, before there is a workspace."""
+    from paperbook.agent_as_a_judge.criteria import read_criteria
+    from paperbook.agent_as_a_judge.devai import Task
+
+    console, rows = _console(), Task.from_file(task).requirements
+    readings = [read_criteria(row.criteria) for row in rows]
+    for row, reading in zip(rows, readings):
+        known = [f"`{claim.path}`" for claim in reading.paths] + [" or ".join(idea.name.replace("_", " ") for idea in group) for group in reading.ideas] + [*reading.quantities, *reading.topics, *reading.numbers]
+        console.print(f"{row.requirement_id:3} {escape(row.criteria)}", soft_wrap=True)
+        console.print(f"    [dim]looked up: {escape(', '.join(known) or 'nothing')}[/dim]" + (f" [yellow]left over: {escape(', '.join(reading.rest))}[/yellow]" if reading.rest else "")
+                      + (f" [yellow]turned by: {escape(', '.join(turn.strip(' ,') for turn in reading.turns))}[/yellow]" if reading.turns else ""), soft_wrap=True)
+    whole = sum(not reading.rest and not reading.turns for reading in readings)
+    console.print(f"{whole} of {len(rows)} are understood whole; of the others the static judge may still find that they are not met")
+
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #e6171b82
 def _judgement(path):
     """Name -> judged `Task` of a file or folder."""
     from paperbook.agent_as_a_judge.devai import Task
@@ -188,7 +205,7 @@ def _judgement(path):
         raise typer.BadParameter(f"{path} holds tasks without a single verdict: `satisfied` is empty everywhere. Judge them first, with `paperbook judge run`", param_hint="JUDGED")
     return tasks
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #c7c1c107
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #5d7d5afb
 @app.command()
 def metrics(judged: Annotated[Path, typer.Argument(exists=True, help="A judged task, or a folder of them.")],
             truth: Annotated[Path | None, typer.Option(exists=True, help="Verdicts to compare with: a file or folder of the same tasks.")] = None,
@@ -229,7 +246,7 @@ def _against(measures, side, other, on_mismatch):
     rows["shift of requirements met"] = f"{measures.judge_shift(measures.requirements_met, side, other):.2f} points"
     return rows
 
-# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #81de98a8
+# %% ../../nbs/09_agent_as_a_judge/13_cli.ipynb #f0ab2510
 @app.command()
 def report(judged: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `run --out` wrote.")],
            out: Annotated[Path | None, typer.Option(help="The page; by default beside the file, as .html.")] = None,
