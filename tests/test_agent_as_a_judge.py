@@ -18,6 +18,7 @@ from paperbook.agent_as_a_judge import (
     Job,
     JudgeConfig,
     LLMJudge,
+    LocalJudge,
     OtherRun,
     Report,
     Scene,
@@ -369,6 +370,35 @@ def test_tasks_that_would_share_a_file(place, tmp_path):
 def test_a_class_is_no_judge(place):
     with pytest.raises(TypeError, match="StaticJudge()"):
         run(StaticJudge, Task(name="t", requirements=["a"]), place)
+
+
+def small_model(positions=8192):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=positions))
+
+
+def test_evidence_that_does_not_fit_is_said_to_be_cut(place, smollm2):
+    from transformers import AutoTokenizer
+
+    (place / "src/long.py").write_text("value = 'some words that go on'\n" * 200)
+    judge = LocalJudge(small_model(positions=700), AutoTokenizer.from_pretrained(smollm2), JudgeConfig(("dump",)))
+    report = run(judge, Task(name="t", requirements=["An SVM is implemented in `src/model.py`.", "It is fast."]), place, progress=False)
+    for verdict in report.verdicts:
+        assert verdict.error is None and "did not fit" in verdict.evidence[-1].note and verdict.usage.prompt_tokens <= 700
+
+
+def test_answers_that_are_no_single_tokens_fail_aloud(place):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.WordLevel({chr(i): i for i in range(128)} | {"<unk>": 128}, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>", chat_template="{{ messages[0].content }}")
+    report = run(LocalJudge(small_model(), tokenizer, JudgeConfig(())), Task(name="t", requirements=["a"]), place, progress=False)
+    assert report.verdicts[0].satisfied is None and "single tokens" in report.verdicts[0].error, report.verdicts[0]
 
 
 # ---- the terminal ----
