@@ -725,6 +725,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'paperbook/agent_as_a_judge/static.py'),
                                                    'paperbook.agent_as_a_judge.static._Files.document': ( '09_agent_as_a_judge/static.html#_files.document',
                                                                                                           'paperbook/agent_as_a_judge/static.py'),
+                                                   'paperbook.agent_as_a_judge.static._Files.head': ( '09_agent_as_a_judge/static.html#_files.head',
+                                                                                                      'paperbook/agent_as_a_judge/static.py'),
                                                    'paperbook.agent_as_a_judge.static._Names': ( '09_agent_as_a_judge/static.html#_names',
                                                                                                  'paperbook/agent_as_a_judge/static.py'),
                                                    'paperbook.agent_as_a_judge.static._Names.__init__': ( '09_agent_as_a_judge/static.html#_names.__init__',

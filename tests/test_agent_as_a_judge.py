@@ -229,6 +229,18 @@ def test_what_was_not_read_whole_or_not_opened_is_not_judged(place):
     assert static("The file `src/__init__.py` exists.", place).satisfied is True
 
 
+def test_a_score_that_the_agent_typed_is_not_believed(place):
+    from paperbook.agent_as_a_judge import TrajectoryRecorder
+
+    (place / "results/accuracy.txt").write_text("accuracy: 0.97\n")
+    row = Task(name="t", requirements=["The accuracy is saved in `results/accuracy.txt`."]).requirements[0]
+    assert StaticJudge().judge(row, Scene(Workspace(place))).satisfied is True
+    log = TrajectoryRecorder()
+    log.step("I write the score.", action="Running command: echo 'accuracy: 0.97' > results/accuracy.txt", environment="")
+    verdict = StaticJudge().judge(row, Scene(Workspace(place), log.trajectory))
+    assert verdict.satisfied is None and "by hand in step 0" in verdict.reason, verdict.reason
+
+
 def test_lexicon_is_well_formed():
     for kind in ("dataset", "model", "step", "library"):
         for name, entry in lexicon()[kind].items():
@@ -445,6 +457,13 @@ def test_wrong_words(place, tmp_path, words, said, monkeypatch):
     (tmp_path / "task.yaml").write_text("- An SVM is implemented in `src/model.py`.\n")
     done = paperbook("judge", *words, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_two_files_of_one_task_are_compared(tmp_path):
+    for name, verdicts in {"mine": [True, False], "theirs": [True, True]}.items():
+        Task(name="t", requirements=[{"criteria": "c", "satisfied": verdict} for verdict in verdicts]).to_file(tmp_path / f"{name}.json")
+    done = paperbook("judge", "metrics", "mine.json", "--truth", "theirs.json", cwd=tmp_path)
+    assert done.returncode == 0 and "50.00 % (1 of 2)" in done.stdout, done.stdout + done.stderr
 
 
 def test_devai_without_its_folder(monkeypatch, tmp_path):

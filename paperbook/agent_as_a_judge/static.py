@@ -320,7 +320,7 @@ class Check:
     what: str
     evidence: tuple[Evidence, ...] = ()
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #f373c62e
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #0a6ed0c1
 class _Files:
     """The files of a `Scene`, each read and parsed once."""
 
@@ -330,12 +330,17 @@ class _Files:
         self._codes, self._documents = {}, {}
         self.python = [path for path in self.paths if path.endswith((".py", ".ipynb"))]
 
+    def head(self, path, size):
+        """The first bytes of a file, at most `size`."""
+        with open(self.workspace.resolve(path), "rb") as stream:
+            return stream.read(size)
+
     def document(self, path):
         """The workspace's `Document` of a path, read once."""
         if path not in self._documents:
             document = self.workspace.read(path)
             if document.kind == "html":  # a page may draw everything by script
-                document.facts["scripts"] = bool(re.search(rb"<script|<svg|<canvas|<iframe", self.workspace.resolve(path).read_bytes()[:1_000_000], re.I))
+                document.facts["scripts"] = bool(re.search(rb"<script|<svg|<canvas|<iframe", self.head(path, 1_000_000), re.I))
             self._documents[path] = document
         return self._documents[path]
 
@@ -343,11 +348,11 @@ class _Files:
         """The `Code` of a path, read once; a notebook counts as the Python of its code cells."""
         if path not in self._codes:
             suffix = PurePosixPath(path).suffix
-            text = _notebook_code(self.workspace, path) if suffix == ".ipynb" else self.document(path).text
+            text = _notebook_code(self.head(path, 50_000_000)) if suffix == ".ipynb" else self.document(path).text
             self._codes[path] = read_code(text, ".py" if suffix == ".ipynb" else suffix)
         return self._codes[path]
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #cf672d3a
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #f780eac9
 class Scene(_Files):
     """A workspace as judges see it: its files, their code, what is reached, the trajectory and the task if they are given.
 
@@ -357,9 +362,9 @@ class Scene(_Files):
     @property
     def reached(self):
         """Names reached in the whole workspace."""
-        if not hasattr(self, "_reached"):
-            self._reached = reached([self.code(path) for path in self.python])
-        return self._reached
+        if "reached" not in self.memo:
+            self.memo["reached"] = reached([self.code(path) for path in self.python])
+        return self.memo["reached"]
 
     @property
     def history(self):
@@ -378,15 +383,15 @@ class Scene(_Files):
             waiting += [other for other in near if other not in found and other not in waiting]
         return found
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #e9eedf9d
-def _notebook_code(workspace, path):
-    """The code cells of a notebook as one text; magics are commented out."""
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #64a0a310
+def _notebook_code(content):
+    """The code cells of a notebook's bytes as one text; magics are commented out."""
     import json
 
     try:
-        cells = json.loads(workspace.resolve(path).read_text(encoding="utf-8"))["cells"]
+        cells = json.loads(content)["cells"]
         return "\n".join(re.sub(r"(?m)^\s*[%!]", "# ", "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code")
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError):
         return ""
 
 
@@ -453,13 +458,13 @@ def _broken(document):
         return "is a text and no model"
     return None
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #eab85cc7
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #e279eabe
 def _unsure(scene, document):
     """Why it cannot be told whether an artefact is sound, or None: it was too large to be read whole, is packed, or would run something."""
     facts, size = document.facts, document.facts.get("size", 0)
     if facts.get("dangerous"):
         return f"would run {', '.join(facts['dangerous'][:3])} when it is loaded"
-    if document.kind == "pickle" and facts.get("opens") is False and scene.workspace.resolve(document.path).read_bytes()[:2] in (b"x\x9c", b"x\x01", b"x\xda", b"\x1f\x8b", b"BZ"):
+    if document.kind == "pickle" and facts.get("opens") is False and scene.head(document.path, 2) in (b"x\x9c", b"x\x01", b"x\xda", b"\x1f\x8b", b"BZ"):
         return "is compressed and was not looked into"
     if facts.get("opens", facts.get("parses")) is not True and size > scene.workspace.max_file_bytes:
         return f"has {size:,} bytes and was not read whole"
@@ -742,14 +747,14 @@ def _in_artefact(scene, group, path):
     wanted = " or ".join(idea.name for idea in group)
     return Check(True if held else False if path.endswith((".db", ".sqlite", ".sqlite3", ".csv")) else None, f"{wanted} is {'' if held else 'not '}in `{path}`", (Evidence("file", path, document.text[:200], str(document.facts)[:200]),))
 
-# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #b24599a2
-_TURNS = {"not", "no", "never", "only", "without", "instead", "rather", "except", "unless", "nothing", "nor", "neither", "if", "otherwise", "than", "but"}
+# %% ../../nbs/09_agent_as_a_judge/09_static.ipynb #7b10fe6c
+_NARROWS = {"only", "than", "but"}
 
 
 def _word_is_alive(scene, word):
-    """Whether code that is reached bears a word in a name; words of three letters and less, and those that turn a sentence round, are not looked for."""
+    """Whether code that is reached bears a word in a name; words of three letters and less, and those that narrow a sentence, are not looked for."""
     stem = re.sub(r"(ising|izing|isation|ization|ised|ized|ise|ize|ing|ed|es|s|ly)$", "", word.lower())
-    if word.lower() in _TURNS or len(stem) < 4:
+    if word.lower() in _NARROWS or len(stem) < 4:
         return False
     if "words" not in scene.memo:
         facts = [fact for path in scene.python for fact in scene.code(path).facts if fact.scope in scene.reached and fact.scope not in scene.code(path).stubs and fact.kind in ("call", "class", "name", "def", "const")]
